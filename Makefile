@@ -39,11 +39,12 @@ demo: $(VENV)/.installed
 	$(BIN)/triptych sample $(RUN) --prompt "def __init__(self" --prompt "import os" --max-new-tokens 96
 	@echo "Curves: $(BIN)/tensorboard --logdir $(RUN)"
 
+# `python -m pytest` would put the rooms on the import path under their bare names, and `kernels` is a known package.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/pytest -m "not slow"
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/pytest -m slow
 
 # mypy sees the rooms under the names they are imported by.
 lint: $(VENV)/.installed-dev
