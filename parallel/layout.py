@@ -1,0 +1,181 @@
+"""Which layouts are legal for a model and a batch, and where each rank stands in one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from triptych import models
+from triptych.models.config import ModelConfig
+from triptych.models.sharding import Cut
+from triptych.parallel.config import AXES, ParallelConfig
+
+
+class Layout:
+    """The ranks of a `parallel:` section, in the order of the mesh (`AXES`, row-major)."""
+
+    def __init__(self, config: ParallelConfig) -> None:
+        self.config = config
+        self.world_size = config.world_size
+        self.dp_size = config.dp
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Index of a rank along each axis, outermost axis first."""
+        assert 0 <= rank < self.world_size, f"rank {rank} is outside a world of {self.world_size}"
+        place = {}
+        for axis in reversed(AXES):
+            rank, place[axis] = divmod(rank, self.config.degree(axis))
+        return {axis: place[axis] for axis in AXES}
+
+    def dp_rank(self, rank: int) -> int:
+        """Which of the dp_size parts of a global batch a rank reads."""
+        place = self.coordinates(rank)
+        return place["dp_replicate"] * self.config.dp_shard + place["dp_shard"]
+
+    def table(self) -> list[dict[str, int]]:
+        """Rank by rank: rank, its coordinates, and the part of the batch (`dp_rank`) it reads."""
+        return [
+            {"rank": rank, **self.coordinates(rank), "dp_rank": self.dp_rank(rank)}
+            for rank in range(self.world_size)
+        ]
+
+    def tensor_parallel_groups(self) -> list[list[int]]:
+        """Lists of ranks that exchange activations within a layer, and so belong on one node."""
+        tp = self.config.tp
+        return [list(range(first, first + tp)) for first in range(0, self.world_size, tp)]
+
+    def check(
+        self, model: ModelConfig, *, seq_len: int, global_batch_size: int, micro_batch_size: int
+    ) -> None:
+        """Raises ValueError, with the reason and the mend, for what this layout cannot run.
+
+        seq_len in tokens; batch sizes in samples (global_batch_size: of all ranks, per optimizer step).
+        """
+        self._check_batch(global_batch_size, micro_batch_size)
+        self._check_tensor(model, seq_len)
+        self._check_pipeline(model)
+
+    def _check_batch(self, global_batch_size: int, micro_batch_size: int) -> None:
+        unit = self.dp_size * micro_batch_size
+        if global_batch_size % unit:
+            below = global_batch_size // unit * unit
+            use = f"{below} or {below + unit}" if below else f"{unit}"
+            raise ValueError(
+                f"train.global_batch_size={global_batch_size} is not a multiple of "
+                f"dp_replicate * dp_shard * micro_batch_size = {self.config.dp_replicate} * "
+                f"{self.config.dp_shard} * {micro_batch_size} = {unit}; use {use}, "
+                "or change train.micro_batch_size"
+            )
+
+    def _check_tensor(self, model: ModelConfig, seq_len: int) -> None:
+        tp = self.config.tp
+        if tp == 1:
+            return
+        specs = model.layer_specs()
+        if any(spec.mixer == "attention" for spec in specs):
+            _require_divides(tp, "model.attention.num_heads", model.attention.num_heads)
+            _require_groups(
+                tp, "model.attention.num_kv_heads", model.attention.num_kv_heads, model.attention.num_heads
+            )
+        if any(spec.mixer == "mamba2" for spec in specs):
+            heads = model.mamba2_num_heads
+            _require_divides(tp, "expand * hidden_size / head_dim (heads) of model.mamba2", heads)
+            _require_groups(tp, "model.mamba2.num_groups", model.mamba2.num_groups, heads)
+        _require_divides(tp, "model.vocab_size", model.vocab_size)
+        if self.config.sequence_parallel:
+            _require_divides(tp, "data.seq_len", seq_len, "; or set parallel.sequence_parallel=false")
+        with torch.device("meta"):
+            _check_tables(models.build(model), tp)
+
+    def _check_pipeline(self, model: ModelConfig) -> None:
+        pp = self.config.pp
+        if pp > model.num_layers:
+            raise ValueError(
+                f"parallel.pp={pp} exceeds model.num_layers={model.num_layers}: a stage would have no block; "
+                f"use at most {model.num_layers}"
+            )
+        if pp > 1 and model.tie_embeddings:
+            raise ValueError(
+                f"parallel.pp={pp} with model.tie_embeddings=true: the first and the last stage would share a "
+                "weight, which is not built; use parallel.pp=1 or model.tie_embeddings=false"
+            )
+
+
+def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
+    """The device mesh of a layout, over all ranks of the default process group.
+
+    Raises RuntimeError when the group has another size than the layout.
+    """
+    world_size = torch.distributed.get_world_size()
+    if world_size != layout.world_size:
+        raise RuntimeError(
+            f"the layout has {layout.world_size} ranks ({_product(layout.config)}) but {world_size} were started"
+        )
+    shape = tuple(layout.config.degree(axis) for axis in AXES)
+    return init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+
+
+def declared_cuts(model: nn.Module) -> dict[str, Cut]:
+    """Name of each parameter that some module's table declares -> its cut. The innermost table wins."""
+    cuts: dict[str, Cut] = {}
+    for prefix, module in model.named_modules():
+        for name, cut in getattr(module, "sharding", {}).items():
+            cuts[f"{prefix}.{name}" if prefix else name] = cut
+    return cuts
+
+
+def cut_dim(cut: Cut, tp: int) -> int | None:
+    """The dimension that is divided among tp ranks, or None when each rank holds the whole tensor."""
+    if cut.kind in ("column", "vocab"):
+        return 0
+    if cut.kind == "row":
+        return 1
+    if cut.kind in ("kv_heads", "groups"):
+        assert cut.count is not None, "kv_heads and groups are counted"
+        return 0 if cut.count % tp == 0 else None
+    return None
+
+
+def _check_tables(model: nn.Module, tp: int) -> None:
+    parameters = dict(model.named_parameters())
+    for name, cut in declared_cuts(model).items():
+        if name not in parameters:
+            continue
+        dim = cut_dim(cut, tp)
+        if dim is not None:
+            size = parameters[name].shape[dim]
+            _require_divides(tp, f"dimension {dim} of {name}, that is", size)
+        elif cut.count is not None:
+            _require_groups(tp, f"the number of {cut.kind} of {name}", cut.count, cut.count * tp)
+
+
+def _require_divides(tp: int, key: str, number: int, mend: str = "") -> None:
+    if number % tp:
+        raise ValueError(f"parallel.tp={tp} does not divide {key}={number}; use {_listed(_divisors(number))}{mend}")
+
+
+def _require_groups(tp: int, key: str, groups: int, heads: int) -> None:
+    """Groups are either divided among the ranks or each is shared by an equal number of them."""
+    if groups % tp and tp % groups:
+        fitting = [n for n in _divisors(heads) if groups % n == 0 or n % groups == 0]
+        raise ValueError(
+            f"parallel.tp={tp} is neither a divisor nor a multiple of {key}={groups}; use {_listed(fitting)}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    words = [str(n) for n in itertools.islice(numbers, 8)]
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _product(config: ParallelConfig) -> str:
+    return " * ".join(f"{axis} {config.degree(axis)}" for axis in AXES if config.degree(axis) > 1) or "all axes 1"
