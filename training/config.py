@@ -121,9 +121,9 @@ class CheckpointConfig(BaseModel):
     """Write in the background while training goes on; false waits for each checkpoint."""
     resume: str = "auto"
     """auto: go on from the newest valid checkpoint of the run directory, start afresh if it has none.
-    never: start afresh, refuse a run directory that has checkpoints. Otherwise a path: of one checkpoint, or of
-    a run whose newest is meant. A path elsewhere serves as long as the run directory has no checkpoint of its
-    own; a path within the run directory goes back to exactly that one and sets newer ones aside."""
+    never: start afresh, refuse a run directory that has checkpoints. Otherwise a path: of one checkpoint, or
+    of a run whose newest is meant. A path elsewhere serves as long as the run directory has no checkpoint of
+    its own; a path within the run directory goes back to exactly that one and sets newer ones aside."""
 
 
 class ProfileConfig(BaseModel):

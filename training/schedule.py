@@ -11,8 +11,8 @@ def factor(config: ScheduleConfig, step: int, steps: int) -> float:
     """Factor on the peak learning rate in step `step` = 1..steps of `steps`.
 
     Warm-up of w steps: step / w. After it, with progress p in (0, 1] that is 1 at the last step and
-    m = min_ratio: cosine m + (1 - m)(1 + cos(pi p)) / 2, linear m + (1 - m)(1 - p), constant 1. wsd stays at 1
-    and has progress over its last `decay` steps only: m + (1 - m)(1 - sqrt(p)) (arXiv 2405.18392, eq. 1).
+    m = min_ratio: cosine m + (1 - m)(1 + cos(pi p)) / 2, linear m + (1 - m)(1 - p), constant 1. wsd stays
+    at 1 and has progress over its last `decay` steps only: m + (1 - m)(1 - sqrt(p)) (arXiv 2405.18392).
     """
     assert 1 <= step <= steps, f"step {step} is not one of 1..{steps}"
     if step <= config.warmup:
