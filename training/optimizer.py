@@ -1,0 +1,130 @@
+"""AdamW on the local shards of a model whose parameters are cut in any way.
+
+The update is elementwise, so a shard is updated exactly as its part of the whole tensor would be, and the
+moments are windows of whole tensors under the parameter's name, which any layout can read back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from triptych.training.config import OptimizerConfig
+from triptych.training.shards import Shard, Window
+
+# Bounds the temporary of the update, which is as large as what is updated at once.
+_BUCKET_ELEMENTS = 2**26
+_EXEMPT_LEAVES = frozenset({"bias", "a_log", "d", "dt_bias"})
+
+
+def decays(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether weight decay acts on the parameter `name` of the whole shape `shape`: on matrices only.
+
+    Exempt are vectors and scalars (residual scales), everything of a norm, biases, Mamba-2's a_log, d and
+    dt_bias, and the token embedding, whose rows would shrink in every step that does not see their token
+    (OLMo 2, arXiv 2501.00656, section 3). Convolution filters decay, as in the published Mamba-2, which
+    exempts only a_log, d and dt_bias.
+    """
+    path = name.split(".")
+    exempt = path[-1] in _EXEMPT_LEAVES or any("norm" in part or part == "embedding" for part in path)
+    return len(shape) >= 2 and not exempt
+
+
+@dataclass
+class _Slot:
+    """One parameter's local values and moments, all of one shape."""
+
+    name: str
+    parameter: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    decays: bool
+
+
+class AdamW:
+    """Adam with decoupled weight decay (arXiv 1711.05101), moments in the parameter's own precision.
+
+    m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g², p = p (1 - lr wd) - lr m̂ / (sqrt(v̂) + eps), where m̂ and v̂
+    are m / (1 - b1^t) and v / (1 - b2^t) and t counts the updates.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]], config: OptimizerConfig) -> None:
+        self.config = config
+        self.updates = 0
+        self._slots = [self._slot(name, parameter) for name, parameter in parameters]
+
+    def _slot(self, name: str, parameter: Tensor) -> _Slot:
+        values = local(parameter)
+        return _Slot(
+            name=name,
+            parameter=parameter,
+            exp_avg=torch.zeros_like(values),
+            exp_avg_sq=torch.zeros_like(values),
+            decays=decays(name, tuple(parameter.shape)),
+        )
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update every parameter that has a gradient, at learning rate `lr`."""
+        self.updates += 1
+        for decay in (True, False):
+            slots = [slot for slot in self._slots if slot.decays is decay and slot.parameter.grad is not None]
+            for bucket in _buckets(slots):
+                self._update(bucket, lr, self.config.weight_decay if decay else 0.0)
+
+    def _update(self, slots: list[_Slot], lr: float, weight_decay: float) -> None:
+        beta1, beta2 = self.config.betas
+        values = [local(slot.parameter) for slot in slots]
+        gradients = [local(slot.parameter.grad) for slot in slots if slot.parameter.grad is not None]
+        means = [slot.exp_avg for slot in slots]
+        squares = [slot.exp_avg_sq for slot in slots]
+        if weight_decay:
+            torch._foreach_mul_(values, 1.0 - lr * weight_decay)
+        torch._foreach_lerp_(means, gradients, 1.0 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1.0 - beta2)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_div_(roots, math.sqrt(1.0 - beta2**self.updates))
+        torch._foreach_add_(roots, self.config.eps)
+        torch._foreach_addcdiv_(values, means, roots, -lr / (1.0 - beta1**self.updates))
+
+    def shards(self, model_shards: Iterable[Shard]) -> Iterator[Window]:
+        """The moments as windows; each has the window of its parameter, given by `model_shards`."""
+        slots = {slot.name: slot for slot in self._slots}
+        for shard in model_shards:
+            slot = slots[shard.name]
+            for key, whole in (("exp_avg", slot.exp_avg), ("exp_avg_sq", slot.exp_avg_sq)):
+                assert whole.shape == shard.local.shape, (
+                    f"{shard.name}: moments of shape {tuple(whole.shape)} beside a window of "
+                    f"{tuple(shard.local.shape)}"
+                )
+                yield Window(
+                    name=f"optimizer/{shard.name}/{key}",
+                    local=whole,
+                    global_shape=tuple(shard.global_shape),
+                    offset=tuple(shard.offset),
+                    is_writer=shard.is_writer,
+                )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The plain tensor that this rank holds of `tensor`; shares its storage."""
+    held = tensor.detach()
+    return held.to_local() if isinstance(held, DTensor) else held
+
+
+def _buckets(slots: list[_Slot]) -> Iterator[list[_Slot]]:
+    bucket: list[_Slot] = []
+    elements = 0
+    for slot in slots:
+        if bucket and elements + slot.exp_avg.numel() > _BUCKET_ELEMENTS:
+            yield bucket
+            bucket, elements = [], 0
+        bucket.append(slot)
+        elements += slot.exp_avg.numel()
+    if bucket:
+        yield bucket
