@@ -1,0 +1,74 @@
+"""What every block of one forward pass shares.
+
+Shape legend: B batch, T length of the whole sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from triptych.models.cache import Cache
+
+
+@dataclass(frozen=True)
+class Context:
+    """Made once per forward pass, passed as `block(x, context)`.
+
+    cu_seqlens: int32 (documents + 1,), where documents begin in the flattened batch; None: each row is one.
+    positions: int64 (B, T), each token's place in its document; None: T counted from start.
+    start: tokens that the cache holds already.
+    sample_keys: int64 (B,), one key per sample for its dropout masks.
+    cache: state of a generation, read and extended by the mixers.
+    """
+
+    cu_seqlens: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    start: int = 0
+    sample_keys: torch.Tensor | None = None
+    cache: Cache | None = None
+
+    def positions_of(self, length: int, device: torch.device) -> torch.Tensor:
+        """Positions (B, T), or (T,) where all rows have the same ones."""
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(self.start, self.start + length, device=device)
+
+
+def build_context(
+    document_ids: torch.Tensor | None = None,
+    sample_keys: torch.Tensor | None = None,
+    cache: Cache | None = None,
+) -> Context:
+    """The context of a batch.
+
+    document_ids: int (B, T); neighbours with the same id belong to one document, and a document ends with
+    its row. None: each row is one document. On the meta device, where ids have no values, likewise.
+    Raises ValueError for document_ids together with a cache.
+    """
+    if cache is not None and document_ids is not None:
+        raise ValueError(
+            "document_ids with a cache: generation goes on with one document per row; leave them out"
+        )
+    start = cache.length if cache is not None else 0
+    if document_ids is None or document_ids.is_meta:
+        return Context(start=start, sample_keys=sample_keys, cache=cache)
+    cu_seqlens, positions = document_bounds(document_ids)
+    return Context(cu_seqlens=cu_seqlens, positions=positions, sample_keys=sample_keys)
+
+
+def document_bounds(document_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """document_ids (B, T) -> cu_seqlens and positions as in Context; both None if each row is one."""
+    B, T = document_ids.shape
+    first = torch.ones_like(document_ids, dtype=torch.bool)
+    first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    starts = first.flatten().nonzero().flatten()
+    if starts.numel() == B:
+        return None, None
+    cu_seqlens = torch.cat([starts, starts.new_tensor([B * T])]).to(torch.int32)
+    place = torch.arange(T, device=document_ids.device).expand(B, T)
+    positions = place - torch.where(first, place, 0).cummax(dim=1).values
+    return cu_seqlens, positions

@@ -1,0 +1,6 @@
+"""Feed-forwards; importing a file here registers its feed-forward."""
+
+from triptych.models.feedforwards.gelu import GELU
+from triptych.models.feedforwards.swiglu import SwiGLU
+
+__all__ = ["GELU", "SwiGLU"]
