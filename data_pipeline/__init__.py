@@ -1,1 +1,87 @@
+"""From files to batches: token files, tokenizers, corpora, packing, mixing, one global order.
 
+Names are loaded on first use: the processes that build a corpus import this package too, and only
+`loader` needs torch, whose import costs each of them more than a second.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from triptych.data_pipeline.baseline import BaselineReport, Bigram, bigram_baseline, fit_bigram
+    from triptych.data_pipeline.config import DataConfig, SourceConfig, TextCorpusOptions
+    from triptych.data_pipeline.dataset import IGNORE, PackedDataset, Sample, SequentialDataset
+    from triptych.data_pipeline.indexed import IndexedTokens, IndexedWriter, best_dtype
+    from triptych.data_pipeline.loader import BatchLoader, MicroBatch, open_training, open_validation
+    from triptych.data_pipeline.manifest import CorpusReport, Manifest
+    from triptych.data_pipeline.text import build_text_corpus
+    from triptych.data_pipeline.tokenizer import TextTokenizer, train_tokenizer
+    from triptych.data_pipeline.vocabulary import check_vocabulary
+
+_HOME = {
+    "BaselineReport": "baseline",
+    "Bigram": "baseline",
+    "bigram_baseline": "baseline",
+    "fit_bigram": "baseline",
+    "DataConfig": "config",
+    "SourceConfig": "config",
+    "TextCorpusOptions": "config",
+    "IGNORE": "dataset",
+    "PackedDataset": "dataset",
+    "Sample": "dataset",
+    "SequentialDataset": "dataset",
+    "IndexedTokens": "indexed",
+    "IndexedWriter": "indexed",
+    "best_dtype": "indexed",
+    "BatchLoader": "loader",
+    "MicroBatch": "loader",
+    "open_training": "loader",
+    "open_validation": "loader",
+    "CorpusReport": "manifest",
+    "Manifest": "manifest",
+    "build_text_corpus": "text",
+    "TextTokenizer": "tokenizer",
+    "train_tokenizer": "tokenizer",
+    "check_vocabulary": "vocabulary",
+}
+
+__all__ = [
+    "IGNORE",
+    "BaselineReport",
+    "BatchLoader",
+    "Bigram",
+    "CorpusReport",
+    "DataConfig",
+    "IndexedTokens",
+    "IndexedWriter",
+    "Manifest",
+    "MicroBatch",
+    "PackedDataset",
+    "Sample",
+    "SequentialDataset",
+    "SourceConfig",
+    "TextCorpusOptions",
+    "TextTokenizer",
+    "best_dtype",
+    "bigram_baseline",
+    "build_text_corpus",
+    "check_vocabulary",
+    "fit_bigram",
+    "open_training",
+    "open_validation",
+    "train_tokenizer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
