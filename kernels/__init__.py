@@ -1,1 +1,36 @@
+"""Operators: a reference beside every fast form, one dispatcher, counter-based random numbers."""
 
+from triptych.kernels.attention import attention
+from triptych.kernels.causal_conv1d import causal_conv1d
+from triptych.kernels.dispatch import Form, register, table
+from triptych.kernels.dropout import dropout
+from triptych.kernels.gelu import gelu
+from triptych.kernels.layer_norm import layer_norm
+from triptych.kernels.linear_cross_entropy import VocabShards, linear_cross_entropy
+from triptych.kernels.random import hash_bits, hash_normal, hash_uniform, string_key
+from triptych.kernels.rms_norm import rms_norm
+from triptych.kernels.rotary import rotary
+from triptych.kernels.ssd import ssd, ssd_step
+from triptych.kernels.swiglu import swiglu
+
+__all__ = [
+    "Form",
+    "VocabShards",
+    "attention",
+    "causal_conv1d",
+    "dropout",
+    "gelu",
+    "hash_bits",
+    "hash_normal",
+    "hash_uniform",
+    "layer_norm",
+    "linear_cross_entropy",
+    "register",
+    "rms_norm",
+    "rotary",
+    "ssd",
+    "ssd_step",
+    "string_key",
+    "swiglu",
+    "table",
+]

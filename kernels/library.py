@@ -1,0 +1,58 @@
+"""How this room registers its operators with PyTorch: custom op, fake kernel, FLOP formula, no autocast inside."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+NAMESPACE = "triptych"
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def without_autocast(function: F) -> F:
+    """Run `function` with autocast off: an operator chooses the dtype of each of its matmuls itself.
+
+    Custom ops fall through the Autocast dispatch key, so without this their inner matmuls would be recast.
+    """
+
+    @functools.wraps(function)
+    def wrapped(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        device_type = first.device.type
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return function(first, *args, **kwargs)
+        return function(first, *args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def define(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: register a function as the custom op `triptych::<name>`, its first argument a tensor."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())(without_autocast(function))
+
+    return decorate
+
+
+def flop_formula(name: str) -> Callable[[F], F]:
+    """Decorator: the function of the op's argument *shapes* that counts its matmul FLOPs (2 per multiply-add)."""
+    return register_flop_formula(getattr(torch.ops.triptych, name))
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast would give a matmul on x's device; None where autocast is off or x is fp64."""
+    device_type = x.device.type
+    if x.dtype == torch.float64 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def statistics_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 if any tensor is fp64, else fp32: the dtype of sums, statistics, decays and angles."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32

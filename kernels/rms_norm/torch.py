@@ -1,0 +1,81 @@
+"""RMS norm that keeps its inputs and one number per group and token. C channels, K groups, ... leading dims."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triptych.kernels.library import define, statistics_dtype
+
+
+def _gated(x: Tensor, gate: Tensor | None, num_groups: int, dtype: torch.dtype) -> Tensor:
+    """x * silu(gate) in the statistics' dtype, (..., K, C/K)."""
+    v = x.contiguous().to(dtype)
+    if gate is not None:
+        v = F.silu(gate.contiguous().to(dtype)).mul_(v)
+    return v.unflatten(-1, (num_groups, -1))
+
+
+@define("rms_norm")
+def rms_norm_op(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, num_groups: int) -> tuple[Tensor, Tensor]:
+    """y (..., C) of x's dtype and rstd (..., K) in fp32 or fp64."""
+    dtype = statistics_dtype(x, weight)
+    v = _gated(x, gate, num_groups, dtype)
+    rstd = torch.linalg.vector_norm(v, dim=-1).square_().div_(v.shape[-1]).add_(eps).rsqrt_()
+    y = (v * rstd.unsqueeze(-1)).flatten(-2).mul_(weight)
+    return y.to(x.dtype), rstd
+
+
+@rms_norm_op.register_fake
+def _(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, num_groups: int) -> tuple[Tensor, Tensor]:
+    rstd = x.new_empty((*x.shape[:-1], num_groups), dtype=statistics_dtype(x, weight))
+    return x.new_empty(x.shape), rstd
+
+
+@define("rms_norm_backward")
+def rms_norm_backward_op(
+    dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, rstd: Tensor, num_groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dgate (empty where there is no gate)."""
+    dtype = rstd.dtype
+    normed = _gated(x, gate, num_groups, dtype) * rstd.unsqueeze(-1)  # (..., K, C/K)
+    dy = dy.to(dtype)
+    dweight = (dy * normed.flatten(-2)).flatten(0, -2).sum(0).to(weight.dtype)
+    dnormed = (dy * weight).unflatten(-1, (num_groups, -1))
+    mean = (dnormed * normed).mean(-1, keepdim=True)
+    dv = dnormed.sub_(normed.mul_(mean)).mul_(rstd.unsqueeze(-1)).flatten(-2)
+    if gate is None:
+        return dv.to(x.dtype, copy=True), dweight, dy.new_empty(0)
+    gate_ = gate.contiguous().to(dtype)
+    dgate = torch.ops.aten.silu_backward(dv * x, gate_)
+    return dv.mul_(F.silu(gate_)).to(x.dtype), dweight, dgate.to(gate.dtype)
+
+
+@rms_norm_backward_op.register_fake
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, rstd: Tensor, num_groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    dgate = rstd.new_empty(0) if gate is None else gate.new_empty(gate.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dgate
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, gate, _, ctx.num_groups = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, gate, output[1])
+
+
+def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    if dy is None:
+        return None, None, None, None, None
+    x, weight, gate, rstd = ctx.saved_tensors
+    dx, dweight, dgate = rms_norm_backward_op(dy, x, weight, gate, rstd, ctx.num_groups)
+    return dx, dweight, None if gate is None else dgate, None, None
+
+
+rms_norm_op.register_autograd(_backward, setup_context=_setup)
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, gate: Tensor | None, num_groups: int) -> Tensor:
+    """Shapes as in the public function."""
+    return rms_norm_op(x, weight, gate, eps, num_groups)[0]

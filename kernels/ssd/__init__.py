@@ -1,0 +1,117 @@
+"""State-space dual scan (Mamba-2). B batch, T length, H heads, P head dim, G groups, N state, docs documents."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triptych.kernels import dispatch
+from triptych.kernels.library import statistics_dtype
+from triptych.kernels.segments import check_cu_seqlens
+from triptych.kernels.ssd import reference
+from triptych.kernels.ssd import torch as fast
+
+dispatch.register("ssd", dispatch.Form("torch", fast.ssd))
+dispatch.register("ssd", dispatch.Form("reference", reference.ssd))
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *,
+    d: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int = 64,
+    form: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The scan of Mamba-2 (arXiv 2405.21060, section 6), h[t] = exp(dt[t] a) h[t-1] + dt[t] x[t] b[t]^T,
+    y[t] = h[t] c[t] + d x[t], in chunks.
+
+    x: (B, T, H, P), any float dtype. dt: (B, T, H), >= 0, after softplus. a: (H,), < 0. b, c: (B, T, G, N); head h
+    uses group h // (H/G). d: (H,). initial_state: (B or docs, H, P, N), None means zeros. cu_seqlens: packed
+    documents, see `triptych.kernels.segments`; each begins with its own state.
+    chunk_size: tokens worked on by one matmul; the result depends on it by rounding only.
+    Returns y, shaped and typed like x, and with return_final_state the state after the last token of each row or
+    document, in fp32 (fp64 where x, dt or a is). Every input and both outputs carry gradients.
+    Decays are accumulated in fp32 (fp64) whatever x is. Raises ValueError for what does not fit.
+    """
+    _check(x, dt, a, b, c, d, initial_state, cu_seqlens, chunk_size)
+    y, final_state = dispatch.choose("ssd", form, x.device).run(
+        x,
+        dt,
+        a,
+        b,
+        c,
+        d=d,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size,
+        with_final_state=return_final_state,
+    )
+    return (y, final_state) if return_final_state else y
+
+
+def ssd_step(
+    state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token of the recurrence, for generation.
+
+    state: (B, H, P, N). x: (B, H, P). dt: (B, H). a, d: (H,). b, c: (B, G, N).
+    Returns y (B, H, P) of x's dtype and the new state in fp32 (fp64); `state` itself is left as it is.
+    """
+    if state.shape[:3] != x.shape or dt.shape != x.shape[:2] or b.shape != c.shape or x.shape[1] % b.shape[1]:
+        raise ValueError(
+            "ssd_step: state must be (B, H, P, N), x (B, H, P), dt (B, H), b and c (B, G, N) with G dividing H; they "
+            f"are {', '.join(str(tuple(y.shape)) for y in (state, x, dt, b, c))}"
+        )
+    dtype = statistics_dtype(x, dt, a)
+    b, c = (y.to(dtype).repeat_interleave(x.shape[1] // y.shape[1], dim=1).unsqueeze(2) for y in (b, c))
+    dt, wide = dt.to(dtype), x.to(dtype)
+    decay = (dt * a.to(dtype)).exp()[..., None, None]
+    state = decay * state.to(dtype) + (dt.unsqueeze(-1) * wide).unsqueeze(-1) * b
+    y = (state * c).sum(-1)
+    if d is not None:
+        y = y + d.to(dtype).unsqueeze(-1) * wide
+    return y.to(x.dtype), state
+
+
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"ssd: x must be (B, T, H, P), it is {tuple(x.shape)}")
+    batch, length, heads, head_dim = x.shape
+    if length == 0:
+        raise ValueError(f"ssd: x {tuple(x.shape)} has no tokens; T must be at least 1")
+    if dt.shape != x.shape[:3]:
+        raise ValueError(f"ssd: dt must be (B, T, H) = {tuple(x.shape[:3])}, it is {tuple(dt.shape)}")
+    if b.dim() != 4 or b.shape != c.shape or b.shape[:2] != x.shape[:2]:
+        raise ValueError(
+            f"ssd: b and c must be (B, T, G, N) with (B, T) = {(batch, length)}; "
+            f"they are {tuple(b.shape)} and {tuple(c.shape)}"
+        )
+    if heads % b.shape[2]:
+        raise ValueError(f"ssd: {b.shape[2]} groups do not divide {heads} heads; choose a divisor of the latter")
+    for name, value in (("a", a), ("d", d)):
+        if value is not None and value.shape != (heads,):
+            raise ValueError(f"ssd: {name} must be (H,) = ({heads},), it is {tuple(value.shape)}")
+    if chunk_size < 1:
+        raise ValueError(f"ssd: chunk_size={chunk_size} must be at least 1; 64 is usual")
+    count = batch
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, batch, length)
+        count = cu_seqlens.numel() - 1
+    expected = (count, heads, head_dim, b.shape[3])
+    if initial_state is not None and initial_state.shape != expected:
+        raise ValueError(f"ssd: initial_state must be {expected}, it is {tuple(initial_state.shape)}")

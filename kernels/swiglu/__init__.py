@@ -1,0 +1,21 @@
+"""The activation of a SwiGLU feed-forward."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triptych.kernels import dispatch
+from triptych.kernels.swiglu import reference
+from triptych.kernels.swiglu import torch as fast
+
+dispatch.register("swiglu", dispatch.Form("torch", fast.swiglu))
+dispatch.register("swiglu", dispatch.Form("reference", reference.swiglu))
+
+
+def swiglu(gate: Tensor, up: Tensor, *, form: str | None = None) -> Tensor:
+    """silu(gate) * up (arXiv 2002.05202), computed in fp32 at least, in the inputs' common dtype.
+
+    gate, up: of one shape, any. Saves the two inputs. Raises ValueError for shapes that differ.
+    """
+    if gate.shape != up.shape:
+        raise ValueError(f"swiglu: gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape")
+    return dispatch.choose("swiglu", form, gate.device).run(gate, up)
