@@ -31,7 +31,7 @@ class ParallelConfig(BaseModel):
     ep: int = Field(1, ge=1)
     """Reserved for expert parallelism; 1."""
     sequence_parallel: bool = True
-    """Also cut the activations between mixers and feed-forwards along the sequence, over tp; nothing at tp 1."""
+    """Also cut the activations between mixers and feed-forwards along the sequence, over tp."""
     recompute: Recompute = "none"
     """What backward computes again instead of keeping it: none; selective: the parts that each block kind
     names as cheap to compute and dear to keep; full: whole blocks."""
@@ -41,7 +41,9 @@ class ParallelConfig(BaseModel):
         for key, what in (("cp", "context"), ("ep", "expert")):
             degree = getattr(self, key)
             if degree != 1:
-                raise ValueError(f"parallel.{key}={degree} is reserved: {what} parallelism is not built yet; use 1")
+                raise ValueError(
+                    f"parallel.{key}={degree} is reserved: {what} parallelism is not built yet; use 1"
+                )
         return self
 
     @property

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
 from triptych import models
 from triptych.models.config import ModelConfig
 from triptych.models.sharding import Cut
@@ -100,8 +99,8 @@ class Layout:
             )
         if pp > 1 and model.tie_embeddings:
             raise ValueError(
-                f"parallel.pp={pp} with model.tie_embeddings=true: the first and the last stage would share a "
-                "weight, which is not built; use parallel.pp=1 or model.tie_embeddings=false"
+                f"parallel.pp={pp} with model.tie_embeddings=true: the first and the last stage would share "
+                "a weight, which is not built; use parallel.pp=1 or model.tie_embeddings=false"
             )
 
 
@@ -113,7 +112,7 @@ def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
     world_size = torch.distributed.get_world_size()
     if world_size != layout.world_size:
         raise RuntimeError(
-            f"the layout has {layout.world_size} ranks ({_product(layout.config)}) but {world_size} were started"
+            f"the layout has {layout.world_size} ranks ({_product(layout.config)}), not the {world_size} running"
         )
     shape = tuple(layout.config.degree(axis) for axis in AXES)
     return init_device_mesh(device_type, shape, mesh_dim_names=AXES)
@@ -155,7 +154,9 @@ def _check_tables(model: nn.Module, tp: int) -> None:
 
 def _require_divides(tp: int, key: str, number: int, mend: str = "") -> None:
     if number % tp:
-        raise ValueError(f"parallel.tp={tp} does not divide {key}={number}; use {_listed(_divisors(number))}{mend}")
+        raise ValueError(
+            f"parallel.tp={tp} does not divide {key}={number}; use {_listed(_divisors(number))}{mend}"
+        )
 
 
 def _require_groups(tp: int, key: str, groups: int, heads: int) -> None:
@@ -178,4 +179,7 @@ def _listed(numbers: Iterable[int]) -> str:
 
 
 def _product(config: ParallelConfig) -> str:
-    return " * ".join(f"{axis} {config.degree(axis)}" for axis in AXES if config.degree(axis) > 1) or "all axes 1"
+    return (
+        " * ".join(f"{axis} {config.degree(axis)}" for axis in AXES if config.degree(axis) > 1)
+        or "all axes 1"
+    )

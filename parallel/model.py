@@ -1,0 +1,159 @@
+"""What the training loop holds: a model that runs the same step under every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from triptych.parallel.data import sharded_modules
+from triptych.parallel.layout import Layout
+from triptych.parallel.pipeline import LossFunction, MicroBatch, Pipeline
+from triptych.parallel.shards import ShardInfo, is_writer, local_part, window
+
+
+class ParallelModel:
+    """This rank's part of a model. What runs, sums or gathers is called by all ranks at once."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layout: Layout,
+        mesh: DeviceMesh,
+        device: torch.device,
+        pipeline: Pipeline | None,
+    ) -> None:
+        self.module = module
+        self.layout = layout
+        self.mesh = mesh
+        self.device = device
+        self.pipeline = pipeline
+        self.is_last_stage = pipeline is None or pipeline.is_last
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Whole-model name -> this rank's parameter, a DTensor where anything is cut."""
+        return self.module.named_parameters()
+
+    def forward_backward(self, micro_batches: list[MicroBatch], loss_fn: LossFunction) -> torch.Tensor:
+        """Add the gradients of the summed losses to `.grad`; return this rank's sum, detached.
+
+        The sum is 0 except on the last stage. After the last micro-batch gradients are summed over data
+        ranks; `reduce_gradients` must follow.
+        """
+        if self.pipeline is not None:
+            return self.pipeline.run(micro_batches, loss_fn, backward=True)
+        total = torch.zeros((), device=self.device)
+        for index, batch in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            for module in sharded_modules(self.module):
+                module.set_requires_gradient_sync(last, recurse=False)
+                module.set_is_last_backward(last)
+            loss = self._loss(batch, loss_fn)
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    @torch.no_grad()
+    def forward(self, micro_batches: list[MicroBatch], loss_fn: LossFunction) -> torch.Tensor:
+        """The summed losses without gradients and without dropout; 0 except on the last stage."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            if self.pipeline is not None:
+                return self.pipeline.run(micro_batches, loss_fn, backward=False)
+            total = torch.zeros((), device=self.device)
+            for batch in micro_batches:
+                total = total + self._loss(batch, loss_fn)
+            return total
+        finally:
+            self.module.train(training)
+            # FSDP2 leaves to backward what it keeps whole after forward, and here none follows.
+            for module in sharded_modules(self.module):
+                module.reshard()
+
+    def _loss(self, batch: MicroBatch, loss_fn: LossFunction) -> torch.Tensor:
+        outputs = self.module(
+            batch["tokens"],
+            document_ids=batch.get("document_ids"),
+            sample_keys=batch.get("sample_keys"),
+            targets=batch["targets"],
+        )
+        return loss_fn(outputs, batch["targets"])
+
+    def reduce_gradients(self) -> None:
+        """Sum over tp the gradients to which each of its ranks contributed a part; all in one all-reduce.
+
+        With data sharding FSDP2 has done it in backward, and nothing is left here.
+        """
+        partial = [
+            parameter
+            for _, parameter in self.named_parameters()
+            if isinstance(parameter.grad, DTensor) and any(p.is_partial() for p in parameter.grad.placements)
+        ]
+        if not partial:
+            return
+        locals_ = [local_part(parameter.grad) for parameter in partial]
+        buffer = torch.cat([local.flatten() for local in locals_])
+        dist.all_reduce(buffer, group=self.mesh["tp"].get_group())
+        for parameter, flat in zip(partial, buffer.split([local.numel() for local in locals_])):
+            reduced = flat.view(parameter.shape)
+            parameter.grad = DTensor.from_local(reduced, self.mesh["tp"], [Replicate()], run_check=False)  # type: ignore[assignment]
+
+    def grad_norm(self) -> torch.Tensor:
+        """The L2 norm of the whole gradient, float64, on every rank; each element counts once."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for _, parameter in self.named_parameters():
+            if parameter.grad is not None and is_writer(parameter):
+                total += torch.linalg.vector_norm(local_part(parameter.grad), dtype=torch.float64).square()
+        dist.all_reduce(total)
+        return total.sqrt()
+
+    @torch.no_grad()
+    def scale_gradients(self, factor: torch.Tensor | float) -> None:
+        """Multiply every gradient in place."""
+        for _, parameter in self.named_parameters():
+            if parameter.grad is not None:
+                local = local_part(parameter.grad)
+                local.mul_(factor.to(local.dtype) if isinstance(factor, torch.Tensor) else factor)
+
+    def zero_grad(self) -> None:
+        """Drop every gradient."""
+        for _, parameter in self.named_parameters():
+            parameter.grad = None
+
+    def shards(self) -> Iterator[ShardInfo]:
+        """This rank's part of each parameter, in the order of `named_parameters`."""
+        for name, parameter in self.named_parameters():
+            held = window(parameter)
+            yield ShardInfo(name, local_part(parameter), held.global_shape, held.offset, is_writer(parameter))
+
+    def sum_over_data(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over data ranks of the last stage's x, of any shape, the same on every rank.
+
+        Sums over micro-batches become those of the global batch. What other stages pass is ignored.
+        """
+        counts = self.is_last_stage and self.mesh["tp"].get_local_rank() == 0
+        total = x.detach().clone() if counts else torch.zeros_like(x)
+        dist.all_reduce(total)
+        return total
+
+    def gather(self, of: Callable[[nn.Parameter], torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        """Whole tensors by name on rank 0 (elsewhere nothing), on CPU: for tests and `verify`.
+
+        of: a parameter -> a tensor with its sharding, such as itself or its gradient; None is left out.
+        """
+        parts = []
+        for name, parameter in self.named_parameters():
+            value = of(parameter)
+            if value is not None and is_writer(parameter):
+                parts.append((name, window(parameter), local_part(value).cpu()))
+        gathered: list = [None] * dist.get_world_size()
+        dist.gather_object(parts, gathered if dist.get_rank() == 0 else None)
+        whole: dict[str, torch.Tensor] = {}
+        for name, held, local in (part for rank in gathered if rank for part in rank):
+            tensor = whole.setdefault(name, torch.full(held.global_shape, torch.nan, dtype=local.dtype))
+            tensor[held.slices] = local
+        return whole

@@ -1,0 +1,97 @@
+"""One model on many ranks: every technique in one visible order."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from triptych import models
+from triptych.models.config import ModelConfig
+from triptych.parallel.collectives import Axis
+from triptych.parallel.config import ParallelConfig
+from triptych.parallel.data import apply_data_sharding
+from triptych.parallel.layout import Layout
+from triptych.parallel.model import ParallelModel
+from triptych.parallel.pipeline import Pipeline, cut_stages
+from triptych.parallel.recompute import apply_recompute
+from triptych.parallel.shards import local_part, window
+from triptych.parallel.tensor import apply_tensor_parallel
+
+
+def parallelize(
+    model_config: ModelConfig,
+    parallel_config: ParallelConfig,
+    *,
+    mesh: DeviceMesh,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    seq_len: int,
+    micro_batch_size: int,
+    num_micro_batches: int,
+    autocast_dtype: torch.dtype | None = None,
+) -> ParallelModel:
+    """Build this rank's part of a model and initialise it, as a function of (seed, name, element) only.
+
+    mesh: of `build_mesh`. dtype: of parameters and their gradients. autocast_dtype: of matmuls (bfloat16)
+    over fp32 parameters; None: dtype. seq_len in tokens, micro_batch_size in samples. Nothing is allocated
+    before it is cut. Raises ValueError for what `Layout.check` refuses.
+    """
+    layout = Layout(parallel_config)
+    layout.check(
+        model_config,
+        seq_len=seq_len,
+        global_batch_size=micro_batch_size * num_micro_batches * layout.dp_size,
+        micro_batch_size=micro_batch_size,
+    )
+    pp, tp = mesh["pp"], Axis.of(mesh["tp"])
+    sequence_parallel = parallel_config.sequence_parallel and tp.size > 1
+
+    # 1. pipeline: only this stage is built, without storage
+    stage, stages = pp.get_local_rank(), cut_stages(model_config, pp.size(), seq_len)
+    first, last = stage == 0, stage == pp.size() - 1
+    with torch.device("meta"):
+        module = models.build(model_config, layers=stages[stage], first=first, last=last).to(dtype)
+    # 2. tensor and sequence
+    apply_tensor_parallel(
+        module,
+        tp,
+        sequence_parallel=sequence_parallel,
+        regather=parallel_config.recompute != "full",
+    )
+    # 3. recomputation
+    apply_recompute(module, parallel_config.recompute)
+    if autocast_dtype is not None:
+        _autocast_forward(module, device, autocast_dtype)
+    # 4. data sharding; a pipeline stage keeps its whole parameters from one micro-batch to the next
+    apply_data_sharding(module, mesh["dp_replicate", "dp_shard"], reshard_after_forward=pp.size() == 1)
+    # 5. storage and values
+    module.to_empty(device=device)
+    models.initialize(module, seed, local_window=_local_window)
+
+    pipeline = None
+    if pp.size() > 1:
+        length = seq_len // tp.size if sequence_parallel else seq_len
+        pipeline = Pipeline(
+            module,
+            group=pp.get_group(),
+            device=device,
+            tokens_shape=(micro_batch_size, seq_len),
+            hidden_shape=(micro_batch_size, length, model_config.hidden_size),
+            dtype=dtype,
+        )
+    return ParallelModel(module, layout, mesh, device, pipeline)
+
+
+def _local_window(
+    name: str, parameter: torch.Tensor
+) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:
+    """models.init.LocalWindow of a sharded parameter."""
+    held, local = window(parameter), local_part(parameter)
+    assert tuple(local.shape) == held.shape, f"{name}: {tuple(local.shape)} is held where {held} was expected"
+    return local, held.offset, held.global_shape
+
+
+def _autocast_forward(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Autocast around forward alone: backward's own matmuls take their dtypes from what forward saved."""
+    module.forward = torch.autocast(device.type, dtype)(module.forward)

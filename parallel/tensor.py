@@ -1,0 +1,211 @@
+"""Tensor and sequence parallelism, from the sharding tables that modules declare (models/sharding.py).
+
+Parameters become DTensors on the tp axis. A module's forward sees plain local tensors: for its duration each
+parameter of the module is exchanged for this rank's part. Collectives stand around the regions (mixers,
+feed-forwards, embedding, head) only: without sequence parallelism a sum behind each region and, in backward,
+one in front of it (Megatron-LM, arXiv 1909.08053); with it a gather in front and a reduce-scatter behind
+(arXiv 2205.05198).
+
+Forward is wrapped rather than hooked, so that what is wrapped later (recomputation) runs all of it again.
+
+Shape legend: B batch, T length of the whole sequence, D channels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from triptych.models.dropout import Dropout
+from triptych.models.norms import GatedRMSNorm
+from triptych.models.sharding import REPLICATE, Cut, Shards
+from triptych.models.vocabulary import Embedding, Head
+from triptych.parallel.collectives import (
+    Axis,
+    all_reduce,
+    gather_sequence,
+    join_shards,
+    scatter_sum,
+    sum_in_backward,
+    sum_partial,
+)
+from triptych.parallel.layout import cut_dim, declared_cuts
+from triptych.parallel.regather import gather_sequence_twice
+
+SEQUENCE_DIM = 1
+VOCABULARY_DIM = -1
+
+
+def apply_tensor_parallel(
+    model: nn.Module, axis: Axis, *, sequence_parallel: bool = True, regather: bool = True
+) -> None:
+    """Cut a model, in place, over the axis; nothing on an axis of one.
+
+    model: on the meta device, or holding whole values of which this rank's part is then kept. Without a mesh
+    the axis serves to count: parameters become plain tensors of this rank's shapes, on the meta device.
+    sequence_parallel: activations between regions are cut along T, which the axis divides.
+    regather: backward gathers a region's input again instead of keeping it whole; off under full
+    recomputation, where nothing is kept anyway.
+    """
+    if axis.size == 1:
+        return
+    cuts = declared_cuts(model)
+    regions = {name: module for name, module in model.named_modules() if getattr(module, "tp_region", False)}
+    for prefix, module in model.named_modules():
+        in_region = any(prefix == name or prefix.startswith(f"{name}.") for name in regions)
+        partial = in_region or sequence_parallel
+        uses = {}
+        for name, parameter in module.named_parameters(recurse=False):
+            cut = cuts.get(f"{prefix}.{name}" if prefix else name, REPLICATE)
+            uses[name] = _use(cut, parameter, axis, partial)
+            module._parameters[name] = _cut_parameter(parameter, uses[name], axis)
+        if uses and axis.mesh is not None:
+            module.forward = _with_local_parameters(module, uses)
+        _tell_shards(module, axis, sequence_parallel)
+    for module in regions.values():
+        module.forward = _region_forward(module, axis, sequence_parallel, regather)
+
+
+@dataclass(frozen=True)
+class _Use:
+    """How a module uses its part of a parameter.
+
+    dim: the dimension cut over the axis, None for a whole tensor. gradient: placement of the local gradient.
+    rows: of a whole tensor, the (start, length) of dim 0 that this rank uses. factor: of what is used.
+    """
+
+    dim: int | None
+    gradient: Placement
+    rows: tuple[int, int] | None = None
+    factor: float | None = None
+
+    def local(self, parameter: DTensor) -> torch.Tensor:
+        local = parameter.to_local(grad_placements=[self.gradient])
+        if self.rows is not None:
+            local = local.narrow(0, *self.rows)
+        return local if self.factor is None else local * self.factor
+
+
+def _use(cut: Cut, parameter: torch.Tensor, axis: Axis, partial: bool) -> _Use:
+    """partial: whole tensors get different gradients on the ranks, whose sum is the gradient."""
+    dim = cut_dim(cut, axis.size)
+    if dim is not None:
+        return _Use(dim, Shard(dim))
+    gradient = Partial() if partial else Replicate()
+    if cut.count is not None:
+        rows = parameter.shape[0] // cut.count
+        return _Use(None, gradient, rows=(axis.rank // (axis.size // cut.count) * rows, rows))
+    if cut.kind == "row_bias":
+        return _Use(None, gradient, factor=float(axis.rank == 0))
+    return _Use(None, gradient)
+
+
+def _cut_parameter(parameter: nn.Parameter, use: _Use, axis: Axis) -> nn.Parameter:
+    local = parameter.detach()
+    if use.dim is not None:
+        assert local.shape[use.dim] % axis.size == 0, (
+            f"Layout.check lets {tuple(local.shape)} pass over {axis.size}"
+        )
+        local = local.chunk(axis.size, use.dim)[axis.rank].contiguous()
+    if axis.mesh is None:
+        if use.rows is not None:
+            local = local.narrow(0, *use.rows)
+        return nn.Parameter(local, requires_grad=parameter.requires_grad)
+    placement = Replicate() if use.dim is None else Shard(use.dim)
+    whole = DTensor.from_local(
+        local, axis.mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
+
+
+def _with_local_parameters(module: nn.Module, uses: dict[str, _Use]) -> Callable[..., Any]:
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with _local_parameters(module, uses):
+            return forward(*args, **kwargs)
+
+    return wrapped
+
+
+@contextmanager
+def _local_parameters(module: nn.Module, uses: dict[str, _Use]) -> Iterator[None]:
+    parameters: dict[str, Any] = module._parameters
+    kept = {name: parameters[name] for name in uses}
+    for name, use in uses.items():
+        parameters[name] = use.local(kept[name])
+    try:
+        yield
+    finally:
+        parameters.update(kept)
+
+
+class _AxisShards(Shards):
+    """The verbs of models/sharding.py over the tp axis."""
+
+    def __init__(self, axis: Axis, start: int) -> None:
+        self.axis = axis
+        self.start = start
+        self.count = axis.size
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        return all_reduce(x, self.axis)
+
+    def max(self, x: torch.Tensor) -> torch.Tensor:
+        return all_reduce(x, self.axis, dist.ReduceOp.MAX)
+
+
+def _tell_shards(module: nn.Module, axis: Axis, sequence_parallel: bool) -> None:
+    """Tell the modules whose mathematics crosses shards which one they hold."""
+    if isinstance(module, (Embedding, Head)):
+        module.shards = _AxisShards(axis, start=axis.rank * (module.vocab_size // axis.size))
+    elif isinstance(module, GatedRMSNorm) and axis.size > module.num_groups:
+        module.shards = _AxisShards(axis, start=axis.rank // (axis.size // module.num_groups))
+    elif isinstance(module, Dropout) and (module.cut == "heads" or sequence_parallel):
+        module.shard_rank, module.shard_count = axis.rank, axis.size
+
+
+def _region_forward(
+    module: nn.Module, axis: Axis, sequence_parallel: bool, regather: bool
+) -> Callable[..., Any]:
+    """The region's forward between its collectives."""
+    forward = module.forward
+    is_embedding, is_head = isinstance(module, Embedding), isinstance(module, Head)
+
+    @functools.wraps(forward)
+    def wrapped(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if is_head and isinstance(kwargs.get("weight"), DTensor):
+            kwargs["weight"] = kwargs["weight"].to_local()
+        if is_embedding:
+            y = forward(x, *args, **kwargs)
+        else:
+            x = _as_autocast(x)
+            if not sequence_parallel:
+                y = forward(sum_in_backward(x, axis), *args, **kwargs)
+            elif regather and x.requires_grad and torch.is_grad_enabled():
+                with gather_sequence_twice(x, SEQUENCE_DIM, axis) as whole:
+                    y = forward(whole, *args, **kwargs)
+            else:
+                y = forward(gather_sequence(x, SEQUENCE_DIM, axis), *args, **kwargs)
+        if is_head:
+            # The cross-entropy, (B, T), is whole on every rank; logits, (B, T, V / tp), are joined.
+            return join_shards(y, VOCABULARY_DIM, axis) if y.ndim == 3 else y
+        return scatter_sum(y, SEQUENCE_DIM, axis) if sequence_parallel else sum_partial(y, axis)
+
+    return wrapped
+
+
+def _as_autocast(x: torch.Tensor) -> torch.Tensor:
+    """In autocast's dtype, as the region's matmuls would cast it anyway: half the bytes are sent and kept."""
+    device = x.device.type if not x.is_meta else "cpu"
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x

@@ -1,0 +1,162 @@
+"""A few training steps, on one process without any of parallel/, and under a layout: what the tests compare.
+
+Shape legend: N samples, T length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from triptych import models
+from triptych.models.config import ModelConfig
+from triptych.parallel.config import ParallelConfig
+from triptych.parallel.layout import Layout, build_mesh
+from triptych.parallel.model import ParallelModel
+from triptych.parallel.parallelize import parallelize
+
+SEED = 7
+GLOBAL_BATCH, SEQ_LEN, VOCABULARY = 8, 16, 24
+STEPS, MAX_NORM = 2, 0.5
+MIXERS: dict[str, Any] = {
+    "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4},
+    "mamba2": {"state_size": 4, "head_dim": 4, "expand": 2, "num_groups": 1, "chunk_size": 8},
+}
+
+
+def model_config(**changes: Any) -> ModelConfig:
+    """Four blocks, mamba2 and attention in turn, 16 channels; small but with every kind of cut."""
+    whole: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "num_layers": 4,
+        "pattern": ["attention", "attention+gelu"],
+        "ffn": {"intermediate_size": 24, "bias": True},
+        "init_std": 0.3,
+        **MIXERS,
+    }
+    for key, value in changes.items():
+        whole[key] = {**whole[key], **value} if isinstance(value, dict) else value
+    return ModelConfig(**whole)
+
+
+def global_batch(step: int) -> dict[str, torch.Tensor]:
+    """Packed documents, some of them ending within a row, and targets of which a few do not count."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(VOCABULARY, (GLOBAL_BATCH, SEQ_LEN), generator=generator)
+    targets = torch.randint(VOCABULARY, (GLOBAL_BATCH, SEQ_LEN), generator=generator)
+    targets[torch.rand(targets.shape, generator=generator) < 0.2] = -100
+    ends = torch.rand(tokens.shape, generator=generator) < 0.15
+    document_ids = ends.cumsum(dim=1)
+    sample_keys = torch.randint(2**60, (GLOBAL_BATCH,), generator=generator)
+    return {"tokens": tokens, "targets": targets, "document_ids": document_ids, "sample_keys": sample_keys}
+
+
+def loss_function(count: int) -> Any:
+    return lambda nll, targets: nll.sum() / count
+
+
+def counted(batch: dict[str, torch.Tensor]) -> int:
+    return int((batch["targets"] != -100).sum())
+
+
+def train_alone(config: ModelConfig) -> dict[str, Any]:
+    """The reference: one process, one batch, plain autograd."""
+    model = models.build(config).to(torch.float64)
+    models.initialize(model, SEED)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    seen: dict[str, Any] = {"initial": _copies(model), "losses": [], "norms": [], "evaluations": []}
+    for step in range(STEPS):
+        batch = global_batch(step)
+        inputs = {name: batch[name] for name in ("document_ids", "sample_keys", "targets")}
+        loss = model(batch["tokens"], **inputs).sum() / counted(batch)
+        loss.backward()
+        if step == 0:
+            seen["gradients"] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            seen["evaluations"].append(float(model(batch["tokens"], **inputs).sum() / counted(batch)))
+        model.train()
+        seen["losses"].append(float(loss.detach()))
+        seen["norms"].append(float(norm))
+    seen["parameters"] = _copies(model)
+    return seen
+
+
+def train_under(config: ModelConfig, parallel: ParallelConfig, micro_batch_size: int) -> dict[str, Any]:
+    """The same steps on this rank of a layout; rank 0 returns what `train_alone` does, others less."""
+    layout = Layout(parallel)
+    per_rank = GLOBAL_BATCH // layout.dp_size
+    model = parallelize(
+        config,
+        parallel,
+        mesh=build_mesh(layout, "cpu"),
+        device=torch.device("cpu"),
+        dtype=torch.float64,
+        seed=SEED,
+        seq_len=SEQ_LEN,
+        micro_batch_size=micro_batch_size,
+        num_micro_batches=per_rank // micro_batch_size,
+    )
+    optimizer = torch.optim.AdamW([p for _, p in model.named_parameters()], lr=1e-2, foreach=False)
+    seen: dict[str, Any] = {
+        "initial": model.gather(lambda p: p),
+        "losses": [],
+        "norms": [],
+        "evaluations": [],
+    }
+    first = layout.dp_rank(dist.get_rank()) * per_rank
+    for step in range(STEPS):
+        batch = global_batch(step)
+        loss_fn = loss_function(counted(batch))
+        micro_batches = [
+            {name: value[start : start + micro_batch_size] for name, value in batch.items()}
+            for start in range(first, first + per_rank, micro_batch_size)
+        ]
+        loss = model.forward_backward(micro_batches, loss_fn)
+        model.reduce_gradients()
+        if step == 0:
+            seen["gradients"] = model.gather(lambda p: p.grad)
+        norm = model.grad_norm()
+        model.scale_gradients(torch.clamp(MAX_NORM / (norm + 1e-6), max=1.0))
+        optimizer.step()
+        model.zero_grad()
+        seen["losses"].append(float(model.sum_over_data(loss)))
+        seen["norms"].append(float(norm))
+        seen["evaluations"].append(float(model.sum_over_data(model.forward(micro_batches, loss_fn))))
+    seen["parameters"] = model.gather(lambda p: p)
+    seen["writers"] = _count_writers(model)
+    return seen
+
+
+def largest_difference(seen: Any, expected: Any) -> tuple[float, str]:
+    """Largest difference relative to the largest magnitude of each tensor, and where it is."""
+    worst = (0.0, "nowhere")
+    for what, value in expected.items():
+        for name, tensor in value.items() if isinstance(value, dict) else ((what, torch.tensor(value)),):
+            other = torch.as_tensor(seen[what][name] if isinstance(value, dict) else seen[what])
+            scale = tensor.abs().max().clamp(min=1e-8)
+            difference = float((other - tensor).abs().max() / scale)
+            if not difference <= worst[0]:
+                worst = (difference, f"{what} {name}")
+    return worst
+
+
+def _copies(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def _count_writers(model: ParallelModel) -> bool:
+    """Whether over all ranks the writers' parts make up each whole exactly once."""
+    written: dict[str, int] = {}
+    gathered: list[Any] = [None] * dist.get_world_size()
+    shards = [(s.name, s.tensor.numel() if s.is_writer else 0, s.global_shape) for s in model.shards()]
+    dist.all_gather_object(gathered, shards)
+    for name, elements, _ in (shard for rank in gathered for shard in rank):
+        written[name] = written.get(name, 0) + elements
+    wholes = {name: torch.Size(shape).numel() for rank in gathered for name, _, shape in rank}
+    return written == wholes
