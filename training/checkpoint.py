@@ -82,13 +82,13 @@ class Checkpointer:
         Waits for an earlier save first. `state` must be JSON values; rank 0's is saved.
         """
         self.wait()
-        mine = [shard for shard in shards if shard.is_writer and shard.local.numel()]
+        mine = [shard for shard in shards if shard.is_writer and shard.tensor.numel()]
         file = f"rank-{self.group.rank:05d}.safetensors"
         self._job = _Job(
             step=step,
             directory=self.root / f".tmp-step-{step:08d}-{self.token}",
             file=file,
-            tensors={shard.name: shard.local.detach().to("cpu", copy=True) for shard in mine},
+            tensors={shard.name: shard.tensor.detach().to("cpu", copy=True) for shard in mine},
             index=part_index(file, mine),
             state=state,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import resource
 import sys
 import time
@@ -109,19 +110,30 @@ class MetricsWriter:
 
     def write(self, report: StepReport) -> None:
         """Append one report."""
-        record = {key: value for key, value in asdict(report).items() if value is not None}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if self._board is None:
-            return
-        for name, value in scalars(report).items():
-            self._board.add_scalar(name, value, report.step)
+        try:
+            self._file.write(json.dumps(_finite(asdict(report))) + "\n")
+            self._file.flush()
+            if self._board is not None:
+                for name, value in scalars(report).items():
+                    self._board.add_scalar(name, value, report.step)
+        except OSError as error:
+            # A full disk must not end the run.
+            log.warning("metrics of step %d were not written: %s", report.step, error)
 
     def close(self) -> None:
         """Flush and close."""
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """The record without what is unknown; JSON has no NaN, so a value that is not finite becomes null."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+        if value is not None
+    }
 
 
 def scalars(report: StepReport) -> dict[str, float]:
@@ -170,6 +182,9 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 def peak_of(name: str) -> float | None:
     """Dense 16-bit peak of the GPU that CUDA calls `name`, such as "NVIDIA H100 80GB HBM3"."""
     words = f" {name.replace('-', ' ')} "
+    if " NVL " in words:
+        # Clocked lower than its SXM namesake.
+        return None
     return next((peak for known, peak in _PEAKS.items() if f" {known} " in words), None)
 
 

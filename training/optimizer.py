@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from triptych.parallel.shards import local_part
 from triptych.training.config import OptimizerConfig
 from triptych.training.shards import Shard, Window
 
@@ -58,7 +58,7 @@ class AdamW:
         self._slots = [self._slot(name, parameter) for name, parameter in parameters]
 
     def _slot(self, name: str, parameter: Tensor) -> _Slot:
-        values = local(parameter)
+        values = local_part(parameter)
         return _Slot(
             name=name,
             parameter=parameter,
@@ -78,8 +78,8 @@ class AdamW:
 
     def _update(self, slots: list[_Slot], lr: float, weight_decay: float) -> None:
         beta1, beta2 = self.config.betas
-        values = [local(slot.parameter) for slot in slots]
-        gradients = [local(slot.parameter.grad) for slot in slots if slot.parameter.grad is not None]
+        values = [local_part(slot.parameter) for slot in slots]
+        gradients = [local_part(slot.parameter.grad) for slot in slots if slot.parameter.grad is not None]
         means = [slot.exp_avg for slot in slots]
         squares = [slot.exp_avg_sq for slot in slots]
         if weight_decay:
@@ -98,23 +98,17 @@ class AdamW:
         for shard in model_shards:
             slot = slots[shard.name]
             for key, whole in (("exp_avg", slot.exp_avg), ("exp_avg_sq", slot.exp_avg_sq)):
-                assert whole.shape == shard.local.shape, (
+                assert whole.shape == shard.tensor.shape, (
                     f"{shard.name}: moments of shape {tuple(whole.shape)} beside a window of "
-                    f"{tuple(shard.local.shape)}"
+                    f"{tuple(shard.tensor.shape)}"
                 )
                 yield Window(
                     name=f"optimizer/{shard.name}/{key}",
-                    local=whole,
+                    tensor=whole,
                     global_shape=tuple(shard.global_shape),
                     offset=tuple(shard.offset),
                     is_writer=shard.is_writer,
                 )
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The plain tensor that this rank holds of `tensor`; shares its storage."""
-    held = tensor.detach()
-    return held.to_local() if isinstance(held, DTensor) else held
 
 
 def _buckets(slots: list[_Slot]) -> Iterator[list[_Slot]]:

@@ -44,7 +44,7 @@ class Shard(Protocol):
         """Name in the whole model."""
 
     @property
-    def local(self) -> Tensor:
+    def tensor(self) -> Tensor:
         """The window's values; shares storage with what it describes."""
 
     @property
@@ -65,7 +65,7 @@ class Window:
     """A Shard without a model around it: optimizer states, tests."""
 
     name: str
-    local: Tensor
+    tensor: Tensor
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
     is_writer: bool = True
@@ -134,11 +134,11 @@ def part_index(file: str, shards: Iterable[Shard]) -> Index:
     """The index of one rank's file: the chunks of the shards that this rank writes."""
     index: Index = {}
     for shard in shards:
-        shape, offset = tuple(shard.local.shape), tuple(shard.offset)
+        shape, offset = tuple(shard.tensor.shape), tuple(shard.offset)
         assert shard.name not in index, f"rank holds two windows of {shard.name}"
         assert len(shape) == len(offset) == len(shard.global_shape), f"{shard.name}: ranks of shapes differ"
         chunk = Chunk(file=file, key=shard.name, offset=offset, shape=shape)
-        index[shard.name] = Entry(tuple(shard.global_shape), _DTYPES[shard.local.dtype], (chunk,))
+        index[shard.name] = Entry(tuple(shard.global_shape), _DTYPES[shard.tensor.dtype], (chunk,))
     return index
 
 
@@ -201,7 +201,7 @@ class Reader:
 
     @torch.no_grad()
     def read_into(self, shard: Shard) -> None:
-        """Fill `shard.local` in place, casting to its dtype.
+        """Fill `shard.tensor` in place, casting to its dtype.
 
         Raises ValueError where the checkpoint has no such tensor, or one of another shape.
         """
@@ -213,7 +213,7 @@ class Reader:
                 f"checkpoint {self.directory}: {shard.name} has shape {entry.shape}, "
                 f"the model wants {tuple(shard.global_shape)}"
             )
-        local = shard.local.detach()
+        local = shard.tensor.detach()
         filled = 0
         for chunk in entry.chunks:
             overlap = _overlap(chunk, tuple(shard.offset), tuple(local.shape))

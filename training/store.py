@@ -38,6 +38,11 @@ def list_steps(root: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory is meant as one checkpoint, valid or not."""
+    return bool(_NAME.fullmatch(directory.name)) or (directory / "COMMITTED").is_file()
+
+
 def problem(directory: Path, rank: int = 0, size: int = 1) -> str | None:
     """What makes `directory` no valid checkpoint, naming the file; None if nothing does.
 

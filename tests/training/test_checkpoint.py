@@ -55,16 +55,16 @@ def test_saves_points_and_retains(tmp_path: Path) -> None:
     newest = store.find_latest(tmp_path)
     assert newest is not None
     assert store.load_state(newest) == {"step": 30}
-    assert torch.equal(read(newest), rows(30).local)
+    assert torch.equal(read(newest), rows(30).tensor)
 
 
 def test_values_are_those_of_the_call_not_of_the_writing(tmp_path: Path) -> None:
     shard = rows(0)
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(1, [shard], {})
-    shard.local.zero_()
+    shard.tensor.zero_()
     checkpointer.wait()
-    assert torch.equal(read(tmp_path / "step-00000001"), rows(0).local)
+    assert torch.equal(read(tmp_path / "step-00000001"), rows(0).tensor)
 
 
 def test_retention_spares_what_latest_names(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     checkpointer = save_steps(tmp_path, [10])
     checkpointer.save(10, [rows(7)], {"step": 10})
     checkpointer.wait()
-    assert torch.equal(read(tmp_path / "step-00000010"), rows(7).local)
+    assert torch.equal(read(tmp_path / "step-00000010"), rows(7).tensor)
     assert store.problem(tmp_path / "step-00000010") is None
 
 
@@ -230,7 +230,7 @@ def test_full_disk_on_one_rank(tmp_path: Path, distributed: Callable[..., list[A
     if not silent:
         assert "rank 2: [Errno 28] No space left on device" in outcomes[0][1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000010", "step-00000030"]
-    assert torch.equal(read(tmp_path / "step-00000030"), rows(30).local)
+    assert torch.equal(read(tmp_path / "step-00000030"), rows(30).tensor)
     assert sorted(path.name for path in (tmp_path / "step-00000030").glob("*.safetensors")) == [
         f"rank-{rank:05d}.safetensors" for rank in range(4)
     ]

@@ -41,12 +41,12 @@ def save(directory: Path, tensors: dict[str, Tensor], grids: dict[str, tuple[int
     ranks: dict[int, list[Window]] = {}
     for name, whole in tensors.items():
         for rank, window in enumerate(windows(name, whole, grids[name])):
-            if window.local.numel():
+            if window.tensor.numel():
                 ranks.setdefault(rank, []).append(window)
     parts = []
     for rank, held in ranks.items():
         file = f"rank-{rank:05d}.safetensors"
-        write_file(directory / file, {window.name: window.local for window in held})
+        write_file(directory / file, {window.name: window.tensor for window in held})
         parts.append(part_index(file, held))
     return Reader(directory, index_from_json(index_to_json(merge(parts))))
 
