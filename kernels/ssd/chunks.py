@@ -1,0 +1,139 @@
+"""How SSD cuts a sequence into chunks, and the mathematics of it.
+
+B batch, T length, L chunk size, C chunks in a row, K = B*C chunks in all, H heads, G groups, R = H/G, P head dim,
+N state.
+
+Within a chunk, with q[i] the cumulative log decay up to and with token i (paper: arXiv 2405.21060, section 6):
+    y[i] = sum_{j <= i} exp(q[i] - q[j]) (c[i].b[j]) xdt[j]  +  exp(q[i]) S c[i]  +  d x[i],
+    S'   = exp(q[L-1]) S + sum_j exp(q[L-1] - q[j]) xdt[j] b[j]^T,    xdt = dt x.
+Documents (segment ids) cut the sums by masks; a reset is never a decay of -inf, whose differences would be NaN.
+The score matrix c.b is computed once per group. Tokens beyond T are padding with dt = 0: they leave the state alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from triptych.kernels.library import statistics_dtype
+
+# Elements of the (L, L) decay matrices that exist at a time; bounds memory and keeps them in a core's cache.
+TILE_ELEMENTS = 1 << 20
+
+
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
+    """Batched a @ b with operands in `dtype`, result in `out_dtype`; on CUDA the fp32 accumulator is kept."""
+    a, b = a.to(dtype), b.to(dtype)
+    if dtype != out_dtype and a.is_cuda:
+        return torch.bmm(a, b, out_dtype=out_dtype)
+    return torch.bmm(a, b).to(out_dtype)
+
+
+@dataclass
+class Chunks:
+    """The inputs cut into chunks, and the decays, all in the accumulation dtype but for x, b and c."""
+
+    x: Tensor  # (K, L, G, R, P)
+    dt: Tensor  # (K, L, G, R)
+    b: Tensor  # (K*G, L, N), in the matmul dtype
+    c: Tensor  # (K*G, L, N), in the matmul dtype
+    cumulative: Tensor  # q: (K, G, R, L)
+    from_start: Tensor  # (K, L, G, R): decay from the state before the chunk to each token, 0 across documents
+    to_end: Tensor  # (K, L, G, R): decay from each token to the end of the chunk
+    through: Tensor  # (B, C, H): decay of the whole chunk
+    hidden: Tensor  # (1 or K, L, L) bool: pairs i, j that do not see each other
+    matmul_dtype: torch.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of decays, states and sums."""
+        return self.dt.dtype
+
+    def mm(self, a: Tensor, b: Tensor) -> Tensor:
+        """Batched product, accumulated and returned in fp32 (fp64)."""
+        return matmul(a, b, self.matmul_dtype, self.dtype)
+
+    def grouped(self, values: Tensor, factor: Tensor) -> Tensor:
+        """(K, L, G, R, P) times (K, L, G, R), laid out (K*G, L, R*P)."""
+        k, length, groups, repeats, dim = values.shape
+        out = torch.empty(k, groups, length, repeats, dim, dtype=self.dtype, device=values.device)
+        torch.mul(values.transpose(1, 2), factor.transpose(1, 2).unsqueeze(-1), out=out)
+        return out.view(k * groups, length, repeats * dim)
+
+    def per_head(self, values: Tensor, factor: Tensor | None = None) -> Tensor:
+        """(K, L, G, R, P), times (K, L, G, R) if given, laid out (K*H, L, P)."""
+        k, length, groups, repeats, dim = values.shape
+        out = torch.empty(k, groups, repeats, length, dim, dtype=self.dtype, device=values.device)
+        if factor is None:
+            out.copy_(values.permute(0, 2, 3, 1, 4))
+        else:
+            torch.mul(values.permute(0, 2, 3, 1, 4), factor.permute(0, 2, 3, 1).unsqueeze(-1), out=out)
+        return out.view(-1, length, dim)
+
+    def tiles(self) -> list[slice]:
+        """Runs of chunks whose decay matrices fit the bound."""
+        k, groups, repeats, length = self.cumulative.shape
+        size = max(1, TILE_ELEMENTS // (groups * repeats * length * length))
+        return [slice(i, min(i + size, k)) for i in range(0, k, size)]
+
+    def decays(self, tile: slice) -> Tensor:
+        """exp(q[i] - q[j]) for j <= i of one document, else 0: (tile, G, R, L, L)."""
+        q = self.cumulative[tile]
+        hidden = self.hidden if self.hidden.shape[0] == 1 else self.hidden[tile]
+        difference = q.unsqueeze(-1) - q.unsqueeze(-2)
+        # Masked before the exponential: above the diagonal it would overflow.
+        return difference.masked_fill_(hidden[:, None, None], float("-inf")).exp_()
+
+    def scores(self, tile: slice) -> Tensor:
+        """c[i].b[j]: (tile, G, 1, L, L), once per group."""
+        groups, length = self.cumulative.shape[1], self.cumulative.shape[3]
+        rows = slice(tile.start * groups, tile.stop * groups)
+        return self.mm(self.c[rows], self.b[rows].transpose(1, 2)).view(-1, groups, 1, length, length)
+
+
+def pad_time(x: Tensor, padding: int) -> Tensor:
+    """Zeros after the last token of (B, T, ...)."""
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding)) if padding else x
+
+
+def cut(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, segments: Tensor | None, chunk_size: int) -> Chunks:
+    """Cut (B, T, ...) inputs into chunks; segments (B, T) or None."""
+    dtype = statistics_dtype(x, dt, a)
+    # Half-precision matmuls pay on accelerators; on CPU they are slower than fp32 ones.
+    matmul_dtype = x.dtype if x.device.type != "cpu" and x.dtype.itemsize == 2 else dtype
+    batch, length, heads, _ = x.shape
+    groups = b.shape[2]
+    size = min(chunk_size, length)
+    padding = -length % size
+    x, dt, b, c = (pad_time(y, padding) for y in (x, dt.to(dtype), b, c))
+    shape = (batch * ((length + padding) // size), size)
+    q = (dt * a.to(dtype)).view(*shape, groups, -1).permute(0, 2, 3, 1).cumsum(-1)  # (K, G, R, L)
+    by_token = q.permute(0, 3, 1, 2)
+    last = by_token[:, -1:]
+    from_start, to_end = by_token.exp(), (last - by_token).exp()
+    through = last.exp().view(batch, -1, heads)
+    order = torch.arange(size, device=x.device)
+    hidden = (order.unsqueeze(1) < order).unsqueeze(0)
+    if segments is not None:
+        ids = torch.cat([segments, segments[:, -1:].expand(-1, padding)], dim=1).view(batch, -1, size)
+        before = torch.cat([ids[:, :1, :1], ids[:, :-1, -1:]], dim=1)  # document of the token before the chunk
+        through = through * (ids[:, :, -1:] == before)
+        from_start = from_start * (ids == before).view(*shape, 1, 1)
+        to_end = to_end * (ids == ids[:, :, -1:]).view(*shape, 1, 1)
+        ids = ids.view(shape)
+        hidden = hidden | (ids.unsqueeze(1) != ids.unsqueeze(2))
+    return Chunks(
+        x=x.view(*shape, groups, heads // groups, -1),
+        dt=dt.view(*shape, groups, -1),
+        b=b.to(matmul_dtype).view(*shape, groups, -1).transpose(1, 2).flatten(0, 1),
+        c=c.to(matmul_dtype).view(*shape, groups, -1).transpose(1, 2).flatten(0, 1),
+        cumulative=q,
+        from_start=from_start,
+        to_end=to_end,
+        through=through,
+        hidden=hidden,
+        matmul_dtype=matmul_dtype,
+    )

@@ -1,0 +1,152 @@
+"""The chunked SSD scan as plain functions on tensors, forward and backward: what the custom ops run.
+
+B batch, T length, L chunk size, C chunks in a row, K = B*C chunks in all, H heads, G groups, R = H/G, P head dim,
+N state. The equations are at the head of chunks.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from triptych.kernels.ssd.chunks import Chunks, cut, pad_time
+
+
+def _unpad(values: Tensor, like: Tensor) -> Tensor:
+    """(K, L, ...) as (B, T, ...) contiguous, of the shape and dtype of `like`, without the padding."""
+    batch, length = like.shape[:2]
+    values = values.reshape(batch, -1, *like.shape[2:])[:, :length]
+    return values.to(like.dtype).contiguous()
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    initial_state: Tensor | None,
+    segments: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, T, H, P), the state after the last token (B, H, P, N) and the states before each chunk (B, C, H, P, N)."""
+    s = cut(x, dt, a, b, c, segments, chunk_size)
+    state_shape = (*s.through.shape, x.shape[3], b.shape[3])
+    added = s.mm(s.grouped(s.x, s.to_end * s.dt).transpose(1, 2), s.b).view(state_shape)
+    states = torch.empty_like(added)
+    state = added.new_zeros(added[:, 0].shape) if initial_state is None else initial_state.to(s.dtype)
+    through = s.through[..., None, None]
+    for k in range(added.shape[1]):
+        states[:, k] = state
+        state = torch.addcmul(added[:, k], state, through[:, k])
+    before = states.view(s.b.shape[0], -1, b.shape[3])  # (K*G, R*P, N)
+    y = torch.empty(s.x.shape, dtype=s.dtype, device=x.device)
+    for tile in s.tiles():
+        _outputs(s, tile, before, d, y[tile])
+    return _unpad(y, x), state, states
+
+
+def _outputs(s: Chunks, tile: slice, before: Tensor, d: Tensor | None, out: Tensor) -> None:
+    """Write y of a run of chunks, (tile, L, G, R, P)."""
+    _, length, groups, repeats, dim = out.shape
+    rows = slice(tile.start * groups, tile.stop * groups)
+    weights = s.decays(tile).mul_(s.scores(tile)).view(-1, length, length)
+    inside = s.mm(weights, s.per_head(s.x[tile], s.dt[tile])).view(-1, groups, repeats, length, dim)
+    carried = s.mm(s.c[rows], before[rows].transpose(1, 2)).view(-1, groups, length, repeats, dim)
+    torch.addcmul(inside.permute(0, 3, 1, 2, 4), carried.transpose(1, 2), s.from_start[tile].unsqueeze(-1), out=out)
+    if d is not None:
+        out.addcmul_(s.x[tile], d.to(s.dtype).view(groups, repeats, 1))
+
+
+def backward(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    states: Tensor,
+    segments: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of x, dt, a, b, c, d and the initial state, from those of y and the final state."""
+    s = cut(x, dt, a, b, c, segments, chunk_size)
+    dy_ = pad_time(dy, -x.shape[1] % s.x.shape[1]).view(s.x.shape)
+    dy_decayed = s.grouped(dy_, s.from_start)  # (K*G, L, R*P)
+    from_outputs = s.mm(dy_decayed.transpose(1, 2), s.c).view(states.shape)
+    dstates = torch.empty_like(states)  # of the state after each chunk
+    dstate = torch.zeros_like(states[:, 0]) if dfinal is None else dfinal.to(s.dtype)
+    through = s.through[..., None, None]
+    for k in reversed(range(states.shape[1])):
+        dstates[:, k] = dstate
+        dstate = torch.addcmul(from_outputs[:, k], dstate, through[:, k])
+    flat = (s.b.shape[0], -1, b.shape[3])
+    grads = _Gradients(s, b.shape[3])
+    # The state that passes a chunk is scaled by exp(q[L-1]).
+    grads.dq[..., -1] += ((states * dstates).sum((-1, -2)) * s.through).view(grads.dq.shape[:3])
+    for tile in s.tiles():
+        grads.carried(tile, dy_decayed, states.view(flat), dstates.view(flat))
+        grads.inside(tile, dy_, d)
+    dlog = grads.dq.flip(-1).cumsum(-1).flip(-1).permute(0, 3, 1, 2)  # (K, L, G, R), of dt * a
+    ddt = grads.ddt + dlog * a.to(s.dtype).view(dlog.shape[2:])
+    da = (dlog * s.dt).sum((0, 1)).flatten().to(a.dtype)
+    dd = None if d is None else (dy_ * s.x).sum((0, 1, 4), dtype=s.dtype).flatten().to(d.dtype)
+    db, dc = (g.view(-1, b.shape[2], *g.shape[1:]).transpose(1, 2) for g in (grads.db, grads.dc))
+    return _unpad(grads.dx, x), _unpad(ddt, dt), da, _unpad(db, b), _unpad(dc, c), dd, dstate
+
+
+class _Gradients:
+    """Gradients of the chunks' inputs, gathered tile by tile."""
+
+    def __init__(self, s: Chunks, state_size: int) -> None:
+        self.s = s
+        shape, options = s.x.shape, {"dtype": s.dtype, "device": s.x.device}
+        self.dx = torch.empty(shape, **options)  # (K, L, G, R, P); first of xdt as far as it reaches later chunks
+        self.ddt = torch.empty(shape[:4], **options)
+        self.dq = torch.zeros(s.cumulative.shape, **options)  # (K, G, R, L)
+        self.db = torch.empty(s.b.shape[0], shape[1], state_size, **options)  # (K*G, L, N)
+        self.dc = torch.empty_like(self.db)
+
+    def carried(self, tile: slice, dy_decayed: Tensor, before: Tensor, dafter: Tensor) -> None:
+        """Through the states: y <- state before the chunk, state after the chunk <- x and b."""
+        s = self.s
+        _, length, groups, repeats, dim = s.x.shape
+        rows = slice(tile.start * groups, tile.stop * groups)
+        before, dafter, dy_decayed = before[rows], dafter[rows], dy_decayed[rows]
+        outputs = s.mm(s.c[rows], before.transpose(1, 2)).mul_(dy_decayed)
+        dq = outputs.view(-1, groups, length, repeats, dim).sum(-1).transpose(2, 3)
+        self.dc[rows] = s.mm(dy_decayed, before)
+        self.db[rows] = s.mm(s.grouped(s.x[tile], s.to_end[tile] * s.dt[tile]), dafter)
+        dxdt = s.mm(s.b[rows], dafter.transpose(1, 2)).view(-1, groups, length, repeats, dim).transpose(1, 2)
+        torch.mul(dxdt, s.to_end[tile].unsqueeze(-1), out=self.dx[tile])
+        to_end = (self.dx[tile] * s.x[tile]).sum(-1)
+        self.ddt[tile] = to_end
+        dq = dq.sub_((to_end * s.dt[tile]).permute(0, 2, 3, 1))
+        self.dq[tile] += dq
+        self.dq[tile][..., -1] += (to_end * s.dt[tile]).sum(1)
+
+    def inside(self, tile: slice, dy: Tensor, d: Tensor | None) -> None:
+        """Through the (L, L) weights of each chunk; completes dx and ddt."""
+        s = self.s
+        _, length, groups, repeats, dim = s.x.shape
+        rows = slice(tile.start * groups, tile.stop * groups)
+        square = (-1, groups, repeats, length, length)
+        decays, scores = s.decays(tile), s.scores(tile)
+        dy_heads = s.per_head(dy[tile])
+        dweights = s.mm(dy_heads, s.per_head(s.x[tile], s.dt[tile]).transpose(1, 2)).view(square).mul_(decays)
+        dscores = dweights.sum(2).view(-1, length, length)
+        self.dc[rows] += s.mm(dscores, s.b[rows])
+        self.db[rows] += s.mm(dscores.transpose(1, 2), s.c[rows])
+        # exp(q[i] - q[j]) weighs each product: row sums to q[i], column sums to q[j]. On the diagonal they cancel,
+        # exactly only if left out.
+        dweights.mul_(scores).diagonal(dim1=-2, dim2=-1).zero_()
+        self.dq[tile] += dweights.sum(-1).sub_(dweights.sum(-2))
+        weights = decays.mul_(scores).view(-1, length, length)
+        dxdt = s.mm(weights.transpose(1, 2), dy_heads).view(-1, groups, repeats, length, dim).permute(0, 3, 1, 2, 4)
+        self.ddt[tile] += (dxdt * s.x[tile]).sum(-1)
+        dx = self.dx[tile].add_(dxdt).mul_(s.dt[tile].unsqueeze(-1))
+        if d is not None:
+            dx.addcmul_(dy[tile], d.to(s.dtype).view(groups, repeats, 1))
