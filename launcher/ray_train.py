@@ -1,0 +1,313 @@
+"""A run under Ray Train: its cluster, its workers, and what is told of them.
+
+Ray owns the worker group: ranks, rendezvous, restarts. Ours are the check before anything is taken, the placement of
+tensor-parallel groups, the end of a run that no restart would mend, and a machine left as it was found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+from triptych.launcher import processes
+from triptych.launcher.config import RunConfig, validate
+from triptych.launcher.errors import RunFailed
+from triptych.launcher.progress import Display, Tail
+from triptych.launcher.ray_settings import address
+from triptych.launcher.rundir import RunDir
+
+OBJECT_STORE_BYTES = 128 * 2**20
+LONGEST_TEMP_DIR = 30
+"""Characters: Ray adds about 75 for its sockets, and a socket's path may have 107."""
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 2.0
+"""After one rank failed for good, the time in which the others may still say why they did."""
+
+
+def train(config: RunConfig, directory: RunDir, display: Display) -> None:
+    """Run `config` on a cluster's workers until it is done, showing rank 0's events.
+
+    Raises ValueError when the cluster has too little for it, RunFailed when the run failed, and lets
+    KeyboardInterrupt and Terminated through; whatever happens, a Ray started here is stopped.
+    """
+    tail = Tail(directory.progress_file)
+    with _cluster(config, directory):
+        trainer = _trainer(config, directory)
+        fit = _Fit(trainer)
+        fit.start()
+        while fit.is_alive() and directory.failure() is None:
+            _show(tail, display)
+            fit.join(POLL_SECONDS)
+        if directory.failure() is not None:
+            fit.join(GRACE_SECONDS)
+        _show(tail, display)
+        _raise_failure(fit, directory)
+
+
+def _show(tail: Tail, display: Display) -> None:
+    for event in tail.read():
+        display.show(event)
+
+
+class _Fit(threading.Thread):
+    """TorchTrainer.fit off the main thread, so that signals reach us rather than Ray's handler."""
+
+    def __init__(self, trainer: TorchTrainer) -> None:
+        super().__init__(name="ray-train-fit", daemon=True)
+        self._trainer = trainer
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._trainer.fit()
+        except BaseException as error:
+            self.error = error
+
+
+def _raise_failure(fit: _Fit, directory: RunDir) -> None:
+    failure = directory.failure()
+    if failure is not None:
+        raise RunFailed(
+            f"rank {failure['rank']}: {failure['message']}", int(failure["exit_code"]), failure["traceback"]
+        )
+    if fit.error is not None:
+        raise RunFailed(
+            f"the workers failed and were not restarted any more: {first_line(fit.error)} "
+            f"(logs: {directory.path / 'logs'})",
+            details=str(fit.error),
+        ) from fit.error
+
+
+def first_line(error: BaseException) -> str:
+    """The line of a Ray error that says what happened: its own first line is a heading, tracebacks follow."""
+    causes = getattr(error, "worker_failures", None)
+    if causes:
+        rank, cause = sorted(causes.items())[0]
+        return f"rank {rank}: {first_line(cause)}"
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "its process died (killed, crashed, or out of memory)"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A forwarded user exception ends with "Type: message".
+    return lines[-1] if lines else type(error).__name__
+
+
+class _FailureEvents(ray.train.UserCallback):
+    """Runs in Ray's controller: writes each failure of the worker group to the run's events."""
+
+    def __init__(self, run_dir: str) -> None:
+        self._run_dir = run_dir
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        ranks = "; ".join(
+            f"rank {rank}: {first_line(error)}" for rank, error in sorted(worker_exceptions.items())
+        )
+        RunDir(self._run_dir).event("workers_failed", text=ranks)
+
+
+class _Trainer(TorchTrainer):
+    """Without the actor that guards placement groups: on a Ray of our own it outlives nothing, costs a process
+    start, and floods its log when there is no dashboard to ask."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [
+            callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"
+        ]
+
+
+def _trainer(config: RunConfig, directory: RunDir) -> TorchTrainer:
+    cluster = config.cluster
+    needs = worker_needs(config, uses_gpu(config, ray.cluster_resources()))
+    capacities = node_capacities(needs, [node for node in ray.nodes() if node["Alive"]])
+    nodes = place(capacities, config.parallel.world_size, config.parallel.tp, needs)
+    check_free(needs, config.parallel.world_size, ray.available_resources())
+    selector = [{"ray.io/node-id": node} for node in nodes] if len(capacities) > 1 else None
+    return (_Trainer if address(config) is None else TorchTrainer)(
+        _ray_worker,
+        train_loop_config={"config": config.to_dict(), "run_dir": str(directory.path), "cwd": os.getcwd()},
+        torch_config=TorchConfig(timeout_s=int(cluster.collective_timeout)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.parallel.world_size,
+            use_gpu="GPU" in needs,
+            resources_per_worker=dict(needs),
+            label_selector=selector,
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=str(directory.path),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            worker_runtime_env={"env_vars": cluster.env_vars} if cluster.env_vars else None,
+            callbacks=[_FailureEvents(str(directory.path))],
+        ),
+    )
+
+
+def _ray_worker(arguments: Mapping[str, Any]) -> None:
+    """What each of Ray's workers runs; an error raised here restarts the group."""
+    from triptych.launcher.worker import redirect_output, run_worker  # torch stays out of Ray's controller
+
+    directory = RunDir(arguments["run_dir"])
+    redirect_output(directory, ray.train.get_context().get_world_rank())
+    if os.path.isdir(arguments["cwd"]):
+        os.chdir(arguments["cwd"])
+    run_worker(
+        validate(arguments["config"], source=str(directory.config_file)),
+        directory,
+        device=ray.train.torch.get_device(),
+        node=ray.get_runtime_context().get_node_id(),
+    )
+
+
+# --- The cluster ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _cluster(config: RunConfig, directory: RunDir) -> Iterator[None]:
+    """Join the cluster of the configuration, or start one here; undo it at the end."""
+    join = address(config)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if join:
+        try:
+            ray.init(address=join, **quiet)
+        except (ConnectionError, ValueError, OSError) as error:
+            raise ValueError(f"cluster.address={join!r}: no Ray cluster answers there ({error})") from error
+        try:
+            yield
+        finally:
+            with _undisturbed():
+                ray.shutdown()
+        return
+    temporary = Path(tempfile.mkdtemp(prefix="tri-", dir=short_temp_dir()))
+    before = set(processes.descendants())
+    try:
+        ray.init(address="local", **quiet, **_local_options(config), _temp_dir=str(temporary))
+        yield
+    except Exception:
+        _keep_logs(temporary, directory)
+        raise
+    finally:
+        with _undisturbed():
+            started = [process for process in processes.descendants() if process not in before]
+            ray.shutdown()
+            processes.end(started)
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A second Ctrl-C must not break off the clearing up after the first; it takes a second or two."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _local_options(config: RunConfig) -> dict[str, Any]:
+    """Logical CPUs and resources for every worker, whatever the machine has; GPUs are counted by Ray."""
+    workers, cluster = config.parallel.world_size, config.cluster
+    options: dict[str, Any] = {
+        "num_cpus": max(1, -(-workers * cluster.cpus_per_worker // 1)),
+        "resources": {name: workers * amount for name, amount in cluster.resources_per_worker.items()},
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+    }
+    if cluster.use_gpu is False:
+        options["num_gpus"] = 0
+    return options
+
+
+def short_temp_dir() -> str:
+    """A directory for Ray's sockets whose name is short enough. Raises RuntimeError if there is none."""
+    candidates = [os.environ.get("RAY_TMPDIR"), tempfile.gettempdir(), "/tmp", "/var/tmp"]
+    for candidate in candidates:
+        if candidate and len(candidate) <= LONGEST_TEMP_DIR and os.access(candidate, os.W_OK):
+            return candidate
+    raise RuntimeError(
+        f"no temporary directory for Ray's sockets: {', '.join(filter(None, candidates))} are not writable or longer "
+        f"than {LONGEST_TEMP_DIR} characters; set RAY_TMPDIR to a short one"
+    )
+
+
+def _keep_logs(temporary: Path, directory: RunDir) -> None:
+    """Ray's own logs of a failed run, beside those of the ranks."""
+    with contextlib.suppress(OSError, shutil.Error):
+        for logs in temporary.glob("session_2*/logs"):
+            shutil.copytree(
+                logs, directory.path / "logs" / "ray" / f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
+            )
+
+
+# --- The check before anything is taken ---------------------------------------------------------------------------
+
+
+def uses_gpu(config: RunConfig, resources: Mapping[str, float]) -> bool:
+    """Whether workers take a GPU each; unset, they do when the cluster has any."""
+    return resources.get("GPU", 0) > 0 if config.cluster.use_gpu is None else config.cluster.use_gpu
+
+
+def worker_needs(config: RunConfig, gpu: bool) -> dict[str, float]:
+    """Ray resources that one worker reserves."""
+    needs = {"CPU": config.cluster.cpus_per_worker, **config.cluster.resources_per_worker}
+    return {**needs, "GPU": 1.0} if gpu else needs
+
+
+def node_capacities(needs: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many workers each node (an entry of ray.nodes()) can hold when it is free."""
+    return {
+        node["NodeID"]: int(
+            min(node["Resources"].get(name, 0) / amount for name, amount in needs.items() if amount)
+        )
+        for node in nodes
+    }
+
+
+def place(capacities: Mapping[str, int], workers: int, tp: int, needs: Mapping[str, float]) -> list[str]:
+    """The node of each worker, such that each group of tp neighbours shares one; fullest nodes first.
+
+    Raises ValueError naming what is needed and what there is.
+    """
+    each = " and ".join(f"{amount:g} {name}" for name, amount in needs.items())
+    total = sum(capacities.values())
+    if workers > total:
+        raise ValueError(
+            f"the layout has {workers} workers of {each} each, but the cluster has room for {total}; "
+            f"lower the degrees under parallel: or cluster.cpus_per_worker, enlarge the cluster"
+            + (", or set cluster.use_gpu=false" if "GPU" in needs else "")
+        )
+    chosen: list[str] = []
+    for node, capacity in sorted(capacities.items(), key=lambda item: (-item[1], item[0])):
+        chosen += [node] * min(capacity // tp * tp, workers - len(chosen))
+    if len(chosen) < workers:
+        raise ValueError(
+            f"parallel.tp={tp}: each group of {tp} workers must share a node, but the nodes have room for "
+            f"{', '.join(str(count) for count in sorted(capacities.values(), reverse=True))} workers; lower parallel.tp"
+        )
+    return chosen
+
+
+def check_free(needs: Mapping[str, float], workers: int, available: Mapping[str, float]) -> None:
+    """Raises ValueError when others hold what the workers need: it would wait for them without a word."""
+    for name, amount in needs.items():
+        if workers * amount > available.get(name, 0) + 1e-6:
+            raise ValueError(
+                f"{workers} workers need {workers * amount:g} {name}, but {available.get(name, 0):g} are free in the "
+                "cluster now; wait for the other jobs, or use fewer workers"
+            )
