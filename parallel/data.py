@@ -24,6 +24,8 @@ def apply_data_sharding(model: LanguageModel, mesh: DeviceMesh, *, reshard_after
     fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward)
     for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
+        # A factor of its own makes FSDP2 ask for a scaled sum, which gloo does not know.
+        module.set_force_sum_reduction_for_comms(True)
 
 
 def sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:

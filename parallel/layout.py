@@ -111,8 +111,9 @@ def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
     """
     world_size = torch.distributed.get_world_size()
     if world_size != layout.world_size:
+        degrees = _product(layout.config)
         raise RuntimeError(
-            f"the layout has {layout.world_size} ranks ({_product(layout.config)}), not the {world_size} running"
+            f"the layout has {layout.world_size} ranks ({degrees}), but {world_size} are running"
         )
     shape = tuple(layout.config.degree(axis) for axis in AXES)
     return init_device_mesh(device_type, shape, mesh_dim_names=AXES)

@@ -100,7 +100,7 @@ class ParallelModel:
         dist.all_reduce(buffer, group=self.mesh["tp"].get_group())
         for parameter, flat in zip(partial, buffer.split([local.numel() for local in locals_])):
             reduced = flat.view(parameter.shape)
-            parameter.grad = DTensor.from_local(reduced, self.mesh["tp"], [Replicate()], run_check=False)  # type: ignore[assignment]
+            parameter.grad = DTensor.from_local(reduced, self.mesh["tp"], [Replicate()], run_check=False)
 
     def grad_norm(self) -> torch.Tensor:
         """The L2 norm of the whole gradient, float64, on every rank; each element counts once."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -62,7 +65,9 @@ def parallelize(
     # 3. recomputation
     apply_recompute(module, parallel_config.recompute)
     if autocast_dtype is not None:
-        _autocast_forward(module, device, autocast_dtype)
+        # Around forward alone: backward's matmuls take their dtypes from what forward saved.
+        module.forward = torch.autocast(device.type, autocast_dtype)(module.forward)
+    _return_no_view(module)
     # 4. data sharding; a pipeline stage keeps its whole parameters from one micro-batch to the next
     apply_data_sharding(module, mesh["dp_replicate", "dp_shard"], reshard_after_forward=pp.size() == 1)
     # 5. storage and values
@@ -92,6 +97,13 @@ def _local_window(
     return local, held.offset, held.global_shape
 
 
-def _autocast_forward(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Autocast around forward alone: backward's own matmuls take their dtypes from what forward saved."""
-    module.forward = torch.autocast(device.type, dtype)(module.forward)
+def _return_no_view(module: nn.Module) -> None:
+    """FSDP2 hangs its backward on the output, the pipeline detaches it in place; neither works on a view."""
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+        output = forward(*args, **kwargs)
+        return output.clone() if output._is_view() else output
+
+    module.forward = wrapped

@@ -17,7 +17,7 @@ from triptych.parallel.model import ParallelModel
 from triptych.parallel.parallelize import parallelize
 
 SEED = 7
-GLOBAL_BATCH, SEQ_LEN, VOCABULARY = 8, 16, 24
+GLOBAL_BATCH, SEQ_LEN, VOCABULARY = 12, 16, 24
 STEPS, MAX_NORM = 2, 0.5
 MIXERS: dict[str, Any] = {
     "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4},
@@ -31,7 +31,7 @@ def model_config(**changes: Any) -> ModelConfig:
         "vocab_size": VOCABULARY,
         "hidden_size": 16,
         "num_layers": 4,
-        "pattern": ["attention", "attention+gelu"],
+        "pattern": ["mamba2", "attention+gelu"],
         "ffn": {"intermediate_size": 24, "bias": True},
         "init_std": 0.3,
         **MIXERS,
@@ -87,21 +87,37 @@ def train_alone(config: ModelConfig) -> dict[str, Any]:
     return seen
 
 
-def train_under(config: ModelConfig, parallel: ParallelConfig, micro_batch_size: int) -> dict[str, Any]:
-    """The same steps on this rank of a layout; rank 0 returns what `train_alone` does, others less."""
+def parallel_model(
+    config: ModelConfig, parallel: ParallelConfig, micro_batch_size: int, **options: Any
+) -> ParallelModel:
     layout = Layout(parallel)
-    per_rank = GLOBAL_BATCH // layout.dp_size
-    model = parallelize(
+    return parallelize(
         config,
         parallel,
         mesh=build_mesh(layout, "cpu"),
         device=torch.device("cpu"),
-        dtype=torch.float64,
         seed=SEED,
         seq_len=SEQ_LEN,
         micro_batch_size=micro_batch_size,
-        num_micro_batches=per_rank // micro_batch_size,
+        num_micro_batches=GLOBAL_BATCH // layout.dp_size // micro_batch_size,
+        **{"dtype": torch.float64, **options},
     )
+
+
+def local_micro_batches(layout: Layout, step: int, micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
+    """This rank's part of the global batch, cut into micro-batches."""
+    per_rank = GLOBAL_BATCH // layout.dp_size
+    first = layout.dp_rank(dist.get_rank()) * per_rank
+    return [
+        {name: value[start : start + micro_batch_size] for name, value in global_batch(step).items()}
+        for start in range(first, first + per_rank, micro_batch_size)
+    ]
+
+
+def train_under(config: ModelConfig, parallel: ParallelConfig, micro_batch_size: int) -> dict[str, Any]:
+    """The same steps on this rank of a layout; rank 0 returns what `train_alone` does, others less."""
+    layout = Layout(parallel)
+    model = parallel_model(config, parallel, micro_batch_size)
     optimizer = torch.optim.AdamW([p for _, p in model.named_parameters()], lr=1e-2, foreach=False)
     seen: dict[str, Any] = {
         "initial": model.gather(lambda p: p),
@@ -109,14 +125,9 @@ def train_under(config: ModelConfig, parallel: ParallelConfig, micro_batch_size:
         "norms": [],
         "evaluations": [],
     }
-    first = layout.dp_rank(dist.get_rank()) * per_rank
     for step in range(STEPS):
-        batch = global_batch(step)
-        loss_fn = loss_function(counted(batch))
-        micro_batches = [
-            {name: value[start : start + micro_batch_size] for name, value in batch.items()}
-            for start in range(first, first + per_rank, micro_batch_size)
-        ]
+        loss_fn = loss_function(counted(global_batch(step)))
+        micro_batches = local_micro_batches(layout, step, micro_batch_size)
         loss = model.forward_backward(micro_batches, loss_fn)
         model.reduce_gradients()
         if step == 0:
@@ -131,6 +142,30 @@ def train_under(config: ModelConfig, parallel: ParallelConfig, micro_batch_size:
     seen["parameters"] = model.gather(lambda p: p)
     seen["writers"] = _count_writers(model)
     return seen
+
+
+def logits_alone(config: ModelConfig) -> torch.Tensor:
+    model = models.build(config).to(torch.float64).eval()
+    models.initialize(model, SEED)
+    with torch.no_grad():
+        return model(global_batch(0)["tokens"][:2])
+
+
+def logits_under(config: ModelConfig, parallel: ParallelConfig) -> torch.Tensor:
+    model = parallel_model(config, parallel, micro_batch_size=1)
+    model.module.eval()
+    with torch.no_grad():
+        return model.module(global_batch(0)["tokens"][:2])
+
+
+def autocast_loss(config: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """Loss and gradient norm of one step with bfloat16 matmuls over fp32 parameters."""
+    model = parallel_model(config, parallel, 3, dtype=torch.float32, autocast_dtype=torch.bfloat16)
+    loss_fn = loss_function(counted(global_batch(0)))
+    loss = model.forward_backward(local_micro_batches(model.layout, 0, 3), loss_fn)
+    model.reduce_gradients()
+    dtypes = {p.grad.dtype for _, p in model.named_parameters() if p.grad is not None}
+    return {"loss": float(model.sum_over_data(loss)), "norm": float(model.grad_norm()), "dtypes": dtypes}
 
 
 def largest_difference(seen: Any, expected: Any) -> tuple[float, str]:
