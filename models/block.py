@@ -5,9 +5,10 @@ Shape legend: B batch, T length, C hidden size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
-
 from triptych.models.config import LayerSpec, ModelConfig
 from triptych.models.context import Context
 from triptych.models.dropout import Dropout
@@ -49,8 +50,8 @@ class Block(nn.Module):
         super().__init__()
         self.kind = spec.kind
         self.layer = layer
-        self.mixer: nn.Module | None = None
-        self.ffn: nn.Module | None = None
+        self.mixer: Any = None
+        self.ffn: Any = None
         if spec.mixer is not None:
             self.mixer_norm = build_norm(config)
             self.mixer = MIXERS[spec.mixer](config, layer)

@@ -6,7 +6,6 @@ import math
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-
 from triptych.models.registry import CHARACTERS, FEEDFORWARD_CHARACTER, FEEDFORWARDS, MIXERS, NONE
 
 

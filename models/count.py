@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
 from triptych.models.config import ModelConfig
 from triptych.models.lm import LanguageModel
 

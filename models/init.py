@@ -9,7 +9,6 @@ from typing import Protocol
 
 import torch
 from torch import nn
-
 from triptych.kernels.random import hash_normal, hash_uniform, string_key
 
 ELEMENTS_AT_ONCE = 1 << 21

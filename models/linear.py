@@ -9,7 +9,6 @@ import math
 
 import torch
 from torch import nn
-
 from triptych import kernels
 from triptych.models.init import ZEROS, Init, Uniform
 

@@ -10,7 +10,6 @@ import functools
 
 import torch
 from torch import nn
-
 from triptych import kernels
 from triptych.models.config import ModelConfig, require_divides
 from triptych.models.context import Context

@@ -6,10 +6,11 @@ G groups of heads, N state, K taps of the convolution.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-
 from triptych import kernels
 from triptych.models.config import ModelConfig, require_divides
 from triptych.models.context import Context
@@ -115,6 +116,19 @@ class Mamba2(nn.Module):
         table["dt_bias"] = InverseSoftplusOfLogUniform(self.settings.dt_min, self.settings.dt_max)
         return table
 
+    def flops(self, length: int) -> int:
+        """Forward FLOPs of one sequence, the scan in chunks: c bᵀ and its product with x within each, the
+        states that go in and come out between them. The last chunk counts as full.
+        """
+        linears = (self.z_proj, self.x_proj, self.b_proj, self.c_proj, self.dt_proj, self.out_proj)
+        convs = (self.conv_x, self.conv_b, self.conv_c)
+        weights = sum(module.weight.numel() for module in (*linears, *convs))
+        inner, group_channels = self.x_proj.weight.shape[0], self.b_proj.weight.shape[0]
+        chunk = min(self.settings.chunk_size, length)
+        padded = -(-length // chunk) * chunk
+        scan = chunk * (group_channels + inner) + 2 * inner * self.settings.state_size
+        return 2 * (length * weights + padded * scan)
+
     def forward(self, x_BTC: torch.Tensor, context: Context) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
         y_BTI = self.core(
@@ -149,7 +163,10 @@ class Mamba2(nn.Module):
         c = self.conv_c(c, cu_seqlens=context.cu_seqlens, cache=held, cache_name="conv_c")
         x_BTHP = x_BTI.unflatten(-1, (-1, self.settings.head_dim))
         b_BTGN, c_BTGN = (t.unflatten(-1, (-1, self.settings.state_size)) for t in (b, c))
-        dt_BTH = F.softplus(wide(dt_BTH) + wide(dt_bias)).clamp(*self.settings.dt_limit)
+        dt_BTH = F.softplus(wide(dt_BTH) + wide(dt_bias))
+        # Clamping to where softplus lies anyway would only keep one more tensor for backward.
+        if self.settings.dt_limit != (0.0, math.inf):
+            dt_BTH = dt_BTH.clamp(*self.settings.dt_limit)
         a_H, d_H = -torch.exp(wide(a_log)), wide(d)
         if held is None:
             y_BTHP = kernels.ssd(
@@ -158,7 +175,7 @@ class Mamba2(nn.Module):
                 a_H,
                 b_BTGN,
                 c_BTGN,
-                d_H=d_H,
+                d=d_H,
                 cu_seqlens=context.cu_seqlens,
                 chunk_size=self.settings.chunk_size,
             )
@@ -188,7 +205,7 @@ class Mamba2(nn.Module):
             a_H,
             b_BTGN,
             c_BTGN,
-            d_H=d_H,
+            d=d_H,
             initial_state=held.get("state"),
             return_final_state=True,
             chunk_size=self.settings.chunk_size,
