@@ -1,33 +1,168 @@
-"""Ours beside transformers, in one run: `triptych bench train`."""
+"""Ours beside transformers, in one run: `triptych bench train`.
+
+Two comparisons, fp32 on the CPU: the SSD scan alone, and a whole training step of a small hybrid. Each side runs
+in a fresh process (`tools/bench_sides.py`), the sides take turns, and both leave what they computed in a file:
+the numbers are compared before any ratio is reported.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.text import Text
+from triptych.tools.render import bytes_text, table_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+# The largest difference, relative to the largest element, that two fp32 implementations of the same mathematics
+# may show: sums of some thousand terms in another order.
+AGREEMENT = 2e-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison to make: what runs on both sides, and what is asked of the ratios."""
+
+    name: str
+    kind: str
+    """"ssd" or "step": which pair of programs in bench_sides."""
+    shape: dict[str, Any]
+    target_speed: float | None = None
+    """Least theirs / ours in time; None: for information."""
+    target_memory: float | None = None
+    """Largest ours / theirs in peak memory; None: for information."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one side took: seconds of each repeat, and bytes of the peak above the built model."""
+
+    seconds: list[float]
+    peak_bytes: int
+
+    @property
+    def median(self) -> float:
+        """Median of the repeats in seconds."""
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both sides of one case."""
+
+    case: Case
+    ours: Side
+    theirs: Side
+    difference: float
+    """Largest relative difference between what the two sides computed."""
+
+    @property
+    def speed_ratio(self) -> float:
+        """How many times as fast ours is."""
+        return self.theirs.median / self.ours.median
+
+    @property
+    def memory_ratio(self) -> float:
+        """Our peak as a share of theirs."""
+        return self.ours.peak_bytes / max(1, self.theirs.peak_bytes)
+
+    @property
+    def ok(self) -> bool:
+        """True when each target that the case has is reached."""
+        fast = self.case.target_speed is None or self.speed_ratio >= self.case.target_speed
+        small = self.case.target_memory is None or self.memory_ratio <= self.case.target_memory
+        return fast and small
 
 
 @dataclass(frozen=True)
 class BenchReport:
     """One entry per comparison: times (s), peak memory (bytes), ratios and targets."""
 
-    comparisons: list[Any]
+    comparisons: list[Comparison]
+    versions: dict[str, str]
+    threads: int
 
     @property
     def ok(self) -> bool:
-        """True when every comparison reaches its target."""
-        raise NotImplementedError
+        """True when every comparison reaches its targets."""
+        return all(comparison.ok for comparison in self.comparisons)
 
     def table(self) -> RenderableType:
         """The comparisons as a rich renderable."""
-        raise NotImplementedError
+        rows = []
+        for one in self.comparisons:
+            speed = "" if one.case.target_speed is None else f" (>= {one.case.target_speed:g})"
+            memory = "" if one.case.target_memory is None else f" (<= {one.case.target_memory:g})"
+            aimed = one.case.target_speed is not None or one.case.target_memory is not None
+            rows.append([
+                one.case.name,
+                f"{1e3 * one.ours.median:.1f} ms",
+                f"{1e3 * one.theirs.median:.1f} ms",
+                f"{one.speed_ratio:.2f}x{speed}",
+                bytes_text(one.ours.peak_bytes),
+                bytes_text(one.theirs.peak_bytes),
+                f"{one.memory_ratio:.2f}{memory}",
+                f"{one.difference:.1e}",
+                "" if not aimed else "reached" if one.ok else "MISSED",
+            ])
+        columns = ["case", "ours", "transformers", "speed", "our peak", "their peak", "memory", "difference", "target"]
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        note = Text(
+            f"fp32 on the CPU, {self.threads} thread(s), median of {len(self.comparisons[0].ours.seconds)} after "
+            f"warm-up; peak: largest resident memory above that of the built model. {versions}"
+        )
+        return Group(table_of("bench train: ours against transformers", columns, rows), note)
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON values."""
-        raise NotImplementedError
+        comparisons = []
+        for one in self.comparisons:
+            entry = asdict(one)
+            entry["ours"]["median_seconds"] = one.ours.median
+            entry["theirs"]["median_seconds"] = one.theirs.median
+            comparisons.append(
+                entry | {"speed_ratio": one.speed_ratio, "memory_ratio": one.memory_ratio, "ok": one.ok}
+            )
+        return {"ok": self.ok, "threads": self.threads, "versions": self.versions, "comparisons": comparisons}
+
+
+def cases(quick: bool) -> list[Case]:
+    """The comparisons of `bench train`; `quick`: the same programs on shapes that take milliseconds."""
+    if quick:
+        scan = {"batch": 1, "length": 96, "heads": 4, "head_dim": 16, "state": 16, "groups": 2, "chunk": 32}
+        step = {
+            "batch": 2, "length": 64, "vocab_size": 256, "hidden_size": 64, "layers": 2, "attention_layers": [1],
+            "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 128, "state": 16, "head_dim": 16, "groups": 1,
+            "chunk": 32,
+        }  # fmt: skip
+        return [
+            Case("SSD fwd+bwd, tiny", "ssd", scan, target_speed=20.0),
+            Case("training step, tiny", "step", step, target_speed=3.0, target_memory=0.7),
+        ]
+    scan = {"batch": 1, "length": 1024, "heads": 8, "head_dim": 64, "state": 64, "groups": 1, "chunk": 256}
+    step = {
+        "batch": 2, "length": 1024, "vocab_size": 8192, "hidden_size": 256, "layers": 8, "attention_layers": [3, 7],
+        "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 704, "state": 64, "head_dim": 64, "groups": 1,
+        "chunk": 256,
+    }  # fmt: skip
+    return [
+        Case("SSD fwd+bwd, T1024 H8 P64 N64", "ssd", scan, target_speed=20.0),
+        Case("the same, their chunk 64", "ssd", scan | {"chunk": 64}),
+        Case("training step, 8 layers, T1024", "step", step, target_speed=3.0, target_memory=0.7),
+        Case("the same, their chunk 64", "step", step | {"chunk": 64}),
+    ]
 
 
 def bench_train(
@@ -39,8 +174,77 @@ def bench_train(
 ) -> BenchReport:
     """SSD forward+backward and a whole training step, ours against transformers, each side in its own process.
 
+    threads: of each process; None takes all cores of this machine.
     quick: tiny shapes, one repeat: shows that it works, says nothing about speed.
     Raises RuntimeError when transformers is not installed (mend: pip install 'triptych[hf]') and when the two
-    sides do not compute the same numbers.
+    sides do not compute the same numbers; ValueError for repeats or threads below 1.
     """
-    raise NotImplementedError
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats} measures nothing; give 1 or more")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads} cannot compute; give 1 or more")
+    if importlib.util.find_spec("transformers") is None:
+        raise RuntimeError("bench train compares with transformers, which is not installed: pip install 'triptych[hf]'")
+    threads = threads or os.cpu_count() or 1
+    versions: dict[str, str] = {}
+    comparisons = []
+    for case in cases(quick):
+        if progress is not None:
+            progress(case.name)
+        with tempfile.TemporaryDirectory(prefix="triptych-bench-") as folder:
+            settings = {"repeats": 1 if quick else repeats, "threads": threads, "folder": folder}
+            ours = run_side(case, "ours", **settings)
+            theirs = run_side(case, "transformers", **settings)
+            difference = largest_difference(Path(folder) / "ours.safetensors", Path(folder) / "transformers.safetensors")
+        if not difference <= AGREEMENT:
+            raise RuntimeError(
+                f"{case.name}: the two sides differ by {difference:.2e} (relative), more than {AGREEMENT:g}, so their "
+                "times cannot be compared; this is a defect of ours or a change in transformers "
+                f"{theirs['versions'].get('transformers')}"
+            )
+        versions |= ours["versions"] | theirs["versions"]
+        sides = [Side(side["seconds"], side["peak_bytes"]) for side in (ours, theirs)]
+        comparisons.append(Comparison(case, sides[0], sides[1], difference))
+    return BenchReport(comparisons, versions, threads)
+
+
+def run_side(case: Case, side: str, *, repeats: int, threads: int, folder: str) -> dict[str, Any]:
+    """Run one side in a fresh process; returns {"seconds", "peak_bytes", "versions"}.
+
+    Raises RuntimeError with the end of the process's error output when it fails.
+    """
+    request = {
+        "kind": case.kind, "side": side, "shape": case.shape, "repeats": repeats, "threads": threads,
+        "result": str(Path(folder) / f"{side}.safetensors"),
+    }  # fmt: skip
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "triptych.tools.bench_sides", json.dumps(request)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise RuntimeError(f"{case.name}, side {side}: failed\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def largest_difference(ours: Path, theirs: Path) -> float:
+    """Largest |ours - theirs| over tensors of the two files, each relative to its largest element.
+
+    Raises RuntimeError when the files do not hold the same tensors.
+    """
+    from safetensors.torch import load_file
+
+    mine, other = load_file(ours), load_file(theirs)
+    if mine.keys() != other.keys():
+        raise RuntimeError(f"the two sides computed different things: {sorted(mine.keys() ^ other.keys())}")
+    worst = 0.0
+    for name, expected in other.items():
+        if mine[name].shape != expected.shape:
+            raise RuntimeError(f"{name} is {tuple(mine[name].shape)} here and {tuple(expected.shape)} there")
+        scale = float(expected.double().abs().max())
+        worst = max(worst, float((mine[name].double() - expected.double()).abs().max()) / max(scale, 1e-30))
+    return worst

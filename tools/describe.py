@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from triptych.training.session import RunSections
+    from triptych.training.sections import RunSections
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,110 @@
+"""A stage of a model as one rank of a layout holds it, with no storage behind its tensors.
+
+Fake tensors carry shapes, dtypes and a device but no memory, and a fake process group answers collectives with
+nothing, so one process can run forward as any rank of any layout, autocast included, and count what it keeps.
+
+B batch (one micro-batch), T length of the whole sequence, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from triptych.models import LanguageModel, ModelConfig
+from triptych.parallel.collectives import Axis
+from triptych.parallel.config import ParallelConfig
+from triptych.parallel.recompute import apply_recompute
+from triptych.parallel.tensor import apply_tensor_parallel
+from triptych.tools.kept import Kept, kept_by_backward
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What to build, and what to run through it."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    """Only tp, sequence_parallel and recompute matter: data parallelism keeps the same, and a pipeline's stages are
+    counted one by one."""
+    layers: range
+    first: bool
+    last: bool
+    batch: int
+    """Samples of one micro-batch, B."""
+    seq_len: int
+    """Tokens of one sample, T."""
+    dtype: torch.dtype = torch.float32
+    """Of parameters and of hidden states between stages."""
+    autocast: torch.dtype | None = None
+    """Of matrix products, where it differs from dtype."""
+
+
+def count_stage(spec: StageSpec, rank: int = 0) -> list[Kept]:
+    """Storages that one micro-batch keeps for backward on the tp rank `rank`; nothing is allocated."""
+    with fake_axis(spec.parallel.tp, rank) as axis, FakeTensorMode(allow_non_fake_inputs=True):
+        return kept_by_stage(spec, axis)
+
+
+def kept_by_stage(spec: StageSpec, axis: Axis) -> list[Kept]:
+    """The same on whatever tensors the process makes: fake ones, or real ones of a rank of a real group."""
+    model = build_stage(spec, axis)
+    return kept_by_backward(model, lambda: stage_forward(spec, model))
+
+
+def build_stage(spec: StageSpec, axis: Axis) -> LanguageModel:
+    """The stage, cut and wrapped in the order of parallel/parallelize.py."""
+    with default_dtype(spec.dtype):
+        model = LanguageModel(spec.model, spec.layers, first=spec.first, last=spec.last)
+    apply_tensor_parallel(
+        model,
+        axis,
+        sequence_parallel=spec.parallel.sequence_parallel,
+        regather=spec.parallel.recompute != "full",
+    )
+    apply_recompute(model, spec.parallel.recompute)
+    return model
+
+
+def stage_forward(spec: StageSpec, model: LanguageModel) -> Tensor:
+    """Forward of one micro-batch made here; the values mean nothing."""
+    size_b, size_t = spec.batch, spec.seq_len
+    tokens = torch.zeros(size_b, size_t, dtype=torch.int64)
+    x = tokens
+    if not spec.first:
+        shards = spec.parallel.tp if spec.parallel.sequence_parallel else 1
+        x = torch.zeros(size_b, size_t // shards, spec.model.hidden_size, dtype=spec.dtype).requires_grad_()
+    keys = torch.zeros(size_b, dtype=torch.int64)
+    cast = torch.autocast("cpu", spec.autocast) if spec.autocast is not None else nullcontext()
+    with cast:
+        return model(x, sample_keys=keys, targets=tokens if spec.last else None)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New floating-point tensors have this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def fake_axis(size: int, rank: int) -> Iterator[Axis]:
+    """A tp axis of `size` ranks whose collectives do nothing, seen from `rank`."""
+    assert not dist.is_initialized(), "counting makes a process group of its own: it runs outside of any other"
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    try:
+        mesh: DeviceMesh = init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
+        yield Axis.of(mesh)
+    finally:
+        dist.destroy_process_group()
