@@ -52,7 +52,7 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    sources: tuple[SourceConfig, ...]
     """Training corpora, mixed by weight."""
 
     valid: tuple[SourceConfig, ...] | None = None
@@ -66,6 +66,14 @@ class DataConfig(BaseModel):
 
     seed: int | None = None
     """Seed of the order of the data; None means train.seed."""
+
+    # Not Field(min_length=1): with one source that is wrong, pydantic would also say that there is none.
+    @field_validator("sources")
+    @classmethod
+    def _at_least_one(cls, sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        if not sources:
+            raise ValueError("no corpus is listed; give at least one, such as data/stdlib/train")
+        return sources
 
     @field_validator("sources", "valid")
     @classmethod

@@ -80,7 +80,7 @@ class IndexedTokens:
         if bin_path.stat().st_size != expected:
             raise ValueError(
                 f"{bin_path} has {bin_path.stat().st_size} bytes but {idx_path.name} describes {expected} "
-                f"({num_tokens} tokens of {self.dtype}); it is cut off or belongs to another index; {_MEND}"
+                f"({num_tokens} tokens of {self.dtype}); it is truncated or belongs to another index; {_MEND}"
             )
         self.flat: npt.NDArray[Any] = np.memmap(bin_path, dtype=self.dtype, mode="r")
         starts = np.append(pointers // self.dtype.itemsize, num_tokens)
@@ -126,7 +126,7 @@ def _read_header(idx_path: Path) -> tuple[np.dtype[Any], int, int]:
     if not header.startswith(_MAGIC):
         raise ValueError(f"{idx_path} does not begin with MMIDIDX; it is no Megatron index, {_MEND}")
     if len(header) < _HEADER.size:
-        raise ValueError(f"{idx_path} is cut off within its header ({size} bytes); {_MEND}")
+        raise ValueError(f"{idx_path} is truncated within its header ({size} bytes); {_MEND}")
     _, version, code, num_sequences, num_offsets = _HEADER.unpack(header)
     if version != 1:
         raise ValueError(f"{idx_path} has format version {version}; only version 1 is known, {_MEND}")
@@ -139,7 +139,7 @@ def _read_header(idx_path: Path) -> tuple[np.dtype[Any], int, int]:
     if size != expected or num_offsets < 1:
         raise ValueError(
             f"{idx_path} has {size} bytes but its header describes {expected} "
-            f"({num_sequences} sequences, {num_offsets} document offsets); it is cut off or damaged, {_MEND}"
+            f"({num_sequences} sequences, {num_offsets} offsets); it is truncated or damaged; {_MEND}"
         )
     return dtype.newbyteorder("<"), num_sequences, num_offsets - 1
 

@@ -98,10 +98,11 @@ class CorpusReport:
     def summary(self) -> str:
         """Some lines for the terminal."""
         made, tokens = self.manifest, sum(split["tokens"] for split in self.manifest.splits.values())
+        per_token = made.text_bytes / max(tokens, 1)
         lines = [
             f"{'found' if self.reused else 'wrote'} {self.out} in {self.seconds:.1f} s",
             f"  read   {made.bytes_read / 1e6:.1f} MB in {made.files_read} files ({', '.join(made.sources)})",
-            f"  tokens {tokens} of {made.text_bytes / max(tokens, 1):.2f} bytes, vocabulary {made.vocab_size}",
+            f"  tokens {tokens} of {per_token:.2f} bytes; vocabulary {made.vocab_size}",
         ]
         for name, split in made.splits.items():
             lines.append(f"  {name:<6} {split['documents']} documents, {split['tokens']} tokens")

@@ -202,6 +202,9 @@ def _read_json_line(line: bytes, key: str, name: str, documents: Documents) -> N
         return
     try:
         content = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        documents.bad.append(f"{name}: not UTF-8 at its byte {error.start}")
+        return
     except (ValueError, RecursionError) as error:
         documents.bad.append(f"{name}: broken JSON ({error})")
         return
@@ -234,7 +237,8 @@ def _cut_parquet(file: InputFile, column: str) -> list[Unit]:
         schema, groups = parquet.schema_arrow, parquet.metadata.num_row_groups
         if column not in schema.names:
             raise ValueError(
-                f"{file.path} has no column {column!r}; set parquet_column to one of {', '.join(schema.names)}"
+                f"{file.path} has no column {column!r}; "
+                f"set parquet_column to one of {', '.join(schema.names)}"
             )
         kind = schema.field(column).type
         if not (types.is_string(kind) or types.is_large_string(kind)):
