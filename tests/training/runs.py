@@ -1,20 +1,29 @@
-"""Small runs that the tests of training share: a corpus, a hybrid model, and sections that tests vary."""
+"""Small runs that the tests of training share: a corpus, a hybrid model, sections that tests vary, faults.
+
+Ranks in processes of their own load this file by its path, so it imports nothing from `tests`.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from triptych.data_pipeline.config import DataConfig
 from triptych.data_pipeline.indexed import IndexedWriter
 from triptych.models.config import ModelConfig
 from triptych.parallel.config import ParallelConfig
+from triptych.parallel.layout import Layout
 from triptych.training.config import CheckpointConfig, LogConfig, TrainConfig
+from triptych.training.errors import NonFiniteLoss
 from triptych.training.metrics import StepReport
-from triptych.training.objectives import Objective
+from triptych.training.objectives import Batch, LanguageModeling, Objective
 from triptych.training.session import build
 
 CPU = torch.device("cpu")
@@ -93,3 +102,47 @@ def fit(
         run, run_dir=run_dir, device=CPU, report=reports.append, objective=objective, restarted=restarted
     ).fit()
     return reports
+
+
+class Stopped(RuntimeError):
+    """What the tests end a run with."""
+
+
+@dataclass
+class Fault(LanguageModeling):
+    """Something happens to one data rank in one step: it stops, is killed, or its loss becomes NaN."""
+
+    what: str
+    at: int
+    dp_rank: int | None = None
+    layout: Layout | None = None
+
+    def _here(self) -> bool:
+        if self.dp_rank is None:
+            return True
+        assert self.layout is not None
+        return self.layout.dp_rank(dist.get_rank()) == self.dp_rank
+
+    def prepare(self, batch: Batch, step: int) -> tuple[Batch, Tensor]:
+        self.hit = step == self.at and self._here()
+        if self.hit and self.what == "stop":
+            raise Stopped
+        if self.hit and self.what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().prepare(batch, step)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        total, count, metrics = super().loss(outputs, targets)
+        if self.hit and self.what == "nan":
+            total = total * float("nan")
+        return total, count, metrics
+
+
+def fit_ranks(run: Run, run_dir: Path, fault: Fault | None = None) -> list[StepReport] | str:
+    """What each rank of a group does; the name of the fault if one ended the run."""
+    if fault is not None:
+        fault.layout = Layout(run.parallel)
+    try:
+        return fit(run, run_dir, fault)
+    except (Stopped, NonFiniteLoss) as error:
+        return f"{type(error).__name__}: {error}"
