@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -12,7 +13,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -123,6 +126,7 @@ class Builder:
         options = self.options
         if options.tokenizer is not None:
             tokenizer = TextTokenizer.load(options.tokenizer, eod_token=options.eod_token)
+            tokenizer.eod_id  # noqa: B018 - raises, before any work is done, if nothing can end a document
         else:
             # Units in order of a hash, so that the subset is spread over the input.
             spread = sorted(units, key=_unit_hash)
@@ -212,7 +216,7 @@ class Processes:
     def __enter__(self) -> Processes:
         if self.count > 1:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.count, mp_context=context, initializer=_one_thread)
+            self._pool = ProcessPoolExecutor(self.count, mp_context=context, initializer=_start_worker)
         else:
             self._parallelism = os.environ.get(_PARALLELISM)
             _one_thread()
@@ -254,6 +258,21 @@ def available_cores() -> int:
 
 def _one_thread() -> None:
     os.environ[_PARALLELISM] = "false"
+
+
+def _start_worker() -> None:
+    """Prepares a process of the pool: one thread, Ctrl-C left to the parent, no life without the parent."""
+    _one_thread()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker of the pool has a parent"
+    # A parent killed outright closes nothing down; its pool would wait for work forever.
+    Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _unit_hash(unit: Unit) -> str:

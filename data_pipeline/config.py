@@ -91,7 +91,8 @@ class TextCorpusOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: tuple[str, ...] = Field(min_length=1)
-    """`stdlib` (the running Python's standard library), or files and directories: text, JSONL, Parquet."""
+    """`stdlib` (the running Python's standard library), or files and directories: text, JSONL, Parquet.
+    A text file is one document, and so is a line of JSONL and a row of Parquet."""
 
     out: str = Field(min_length=1)
     """Directory of the corpus: train/valid .bin/.idx, tokenizer.json, manifest.json."""

@@ -26,8 +26,8 @@ _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>"
 class TextTokenizer:
     """A loaded tokenizer: text to ids and back.
 
-    `vocab_size` is the highest id plus one; `eod_id` ends a document; `digest` is the SHA-256 of the
-    tokenizer's JSON in canonical form, which a corpus records to be recognised by.
+    `vocab_size` is the highest id plus one; `digest` is the SHA-256 of the tokenizer's JSON in canonical
+    form, by which a corpus remembers it.
     """
 
     def __init__(self, text: str, *, eod_token: str | None = None, where: str = "the tokenizer") -> None:
@@ -47,13 +47,12 @@ class TextTokenizer:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         candidates = (eod_token,) if eod_token else _KNOWN_ENDS
-        found = [name for name in candidates if name in vocabulary]
-        if not found:
-            raise ValueError(
-                f"{where} has none of {', '.join(candidates)} to end a document; name one with eod_token"
-            )
-        self.eod_token = found[0]
-        self.eod_id = vocabulary[self.eod_token]
+        self._end = next(((name, vocabulary[name]) for name in candidates if name in vocabulary), None)
+        self._no_end = (
+            f"{where} has none of {', '.join(candidates)} to end a document; name one with eod_token"
+        )
+        if eod_token and self._end is None:
+            raise ValueError(self._no_end)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, eod_token: str | None = None) -> TextTokenizer:
@@ -68,18 +67,34 @@ class TextTokenizer:
             ) from error
         return cls(text, eod_token=eod_token, where=f"tokenizer {file}")
 
+    def _get_end(self) -> tuple[str, int]:
+        if self._end is None:
+            raise ValueError(self._no_end)
+        return self._end
+
+    @property
+    def eod_token(self) -> str:
+        """The token that ends a document. Raises ValueError if the tokenizer has none that is known."""
+        return self._get_end()[0]
+
+    @property
+    def eod_id(self) -> int:
+        """Id of `eod_token`."""
+        return self._get_end()[1]
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without an end of document."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Ids of all texts back to back, each with the end-of-document token, and the length of each."""
+        eod_id = self.eod_id
         pieces: list[int] = []
         lengths = np.zeros(len(texts), np.int64)
         for i, encoding in enumerate(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)):
             ids = encoding.ids
             pieces += ids
-            pieces.append(self.eod_id)
+            pieces.append(eod_id)
             lengths[i] = len(ids) + 1
         return np.asarray(pieces, np.int32), lengths
 

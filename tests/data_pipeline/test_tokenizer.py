@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from triptych.data_pipeline import TextTokenizer, train_tokenizer
 
@@ -14,6 +14,7 @@ TEXTS = ["def f(x):\n    return x\n" * 20, "the cat sat on the mat, the cat sat 
 TOKENIZER = train_tokenizer(TEXTS, 280)
 
 
+@settings(deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
 def test_any_text_is_read_back_exactly(text: str) -> None:
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
@@ -69,4 +70,8 @@ def test_files_that_are_no_tokenizer_are_named(tmp_path: Path) -> None:
         TextTokenizer.load(tmp_path / "broken.json")
     with pytest.raises(ValueError, match=r"has none of </s> to end a document; name one with eod_token"):
         TextTokenizer(TOKENIZER.text, eod_token="</s>")
+    unknown = TextTokenizer(TOKENIZER.text.replace("<|endoftext|>", "<|stop|>"))
+    assert unknown.vocab_size == TOKENIZER.vocab_size
+    with pytest.raises(ValueError, match=r"none of <\|endoftext\|>, .* name one with eod_token"):
+        unknown.encode_documents(["text"])
     assert TextTokenizer(TOKENIZER.text, eod_token="a").eod_id == TOKENIZER.encode("a")[0]
