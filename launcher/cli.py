@@ -365,7 +365,7 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def main() -> None:
-    """Run the command line and leave with its exit code; a traceback only for our own defects or with --debug."""
+    """Run the command line and leave with its exit code; tracebacks are for our own defects and --debug."""
     arguments = sys.argv[1:]
     debug = "--debug" in arguments or os.environ.get("TRIPTYCH_DEBUG", "0") not in ("", "0")
     sys.exit(

@@ -1,7 +1,7 @@
 """A run's configuration: the rooms' sections composed, read from YAML, overridden from the command line.
 
-A file may name a `base:` (a path relative to itself, or a packaged configuration) and change a few keys of it;
-mappings merge key by key, lists and scalars replace. `section.key=value` overrides come on top.
+A file may name a `base:` (a path relative to itself, or a packaged configuration) and change a few keys of
+it; mappings merge key by key, lists and scalars replace. `section.key=value` overrides come on top.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class ClusterConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     address: str | None = None
-    """Address of a running Ray cluster, such as "auto" or "10.0.0.1:6379"; null starts a Ray on this machine and
-    stops it at the end (or takes RAY_ADDRESS where that is set, as within a Ray job)."""
+    """Address of a running Ray cluster, such as "auto" or "10.0.0.1:6379"; null starts a Ray on this machine
+    and stops it at the end (or takes RAY_ADDRESS where that is set, as within a Ray job)."""
     max_failures: int = Field(default=3, ge=-1)
-    """How often the workers are restarted from the newest checkpoint after one of them died; -1 without limit."""
+    """Restarts of the workers, from the newest checkpoint, after one of them died; -1 without limit."""
     use_gpu: bool | None = None
     """One GPU for each worker; null: yes if the cluster has any GPU."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
-    """Logical CPUs that each worker reserves. A Ray of our own has as many as are needed, whatever the cores."""
+    """Logical CPUs that each worker reserves; a Ray of our own has enough of them, whatever the cores."""
     resources_per_worker: dict[str, float] = {}
     """Further Ray resources that each worker reserves, by name."""
     threads_per_worker: int | None = Field(default=None, ge=1)
@@ -97,9 +97,10 @@ class RunConfig(BaseModel):
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration in the file `path`, with `section.key=value` overrides on top.
 
-    path: a YAML file, a run directory (its config.yaml), or a packaged configuration such as "configs/lm/demo.yaml".
-    Raises ConfigError naming each wrong key, its value and the nearest known key; ValueError for a file that is
-    missing or is not YAML, for a cycle of bases and for an override that does not parse.
+    path: a YAML file, a run directory (its config.yaml), or a packaged configuration such as
+        "configs/lm/demo.yaml".
+    Raises ConfigError naming each wrong key, its value and the nearest known key; ValueError for a file that
+    is missing or is not YAML, for a cycle of bases and for an override that does not parse.
     """
     file = find(path)
     values = _read_with_bases(file)
@@ -108,15 +109,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def validate(values: Mapping[str, Any], *, source: str, overridden: Sequence[str] = ()) -> RunConfig:
-    """A RunConfig from plain values. Raises ConfigError; `source` and `overridden` say where a key came from."""
+    """A RunConfig from plain values; `source` and `overridden` tell where keys are from. Raises ConfigError."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         problems = error.errors()
-        # A list that lost its only item to an error is reported as empty besides; the item's own error says more.
+        # A list that lost its only item to an error is reported as empty, too; the item's error says more.
         deepest = [p for p in problems if not any(_is_above(p["loc"], other["loc"]) for other in problems)]
-        lines = [_explain(problem, source, overridden) for problem in deepest]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from error
+        lines: dict[str, str] = {}
+        for problem in deepest:  # each branch of a union complains; one line per key holds them all
+            head, message = _explain(problem, source, overridden)
+            lines[head] = f"{lines[head]}, or {message}" if head in lines else message
+        raise ConfigError("\n".join(head + message for head, message in lines.items())) from error
 
 
 def find(path: str | Path, relative_to: Path | None = None) -> Path:
@@ -137,7 +141,7 @@ def find(path: str | Path, relative_to: Path | None = None) -> Path:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """("train.steps", 200) from "train.steps=200"; the value is YAML. Raises ValueError if it does not parse."""
+    """("train.steps", 200) from "train.steps=200"; the value is YAML. Raises ValueError if it is not."""
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
         raise ValueError(f"override {text!r} is not section.key=value; write for example train.steps=200")
@@ -228,11 +232,11 @@ def _is_above(location: Sequence[str | int], other: Sequence[str | int]) -> bool
     return len(location) < len(other) and tuple(other[: len(location)]) == tuple(location)
 
 
-def _explain(problem: Any, source: str, overridden: Sequence[str]) -> str:
-    """One line for one of pydantic's errors: where from, key, value, what was expected, the mend."""
+def _explain(problem: Any, source: str, overridden: Sequence[str]) -> tuple[str, str]:
+    """One of pydantic's errors as (where from, key and value; what was expected or the mend)."""
     location = [part for part in problem["loc"] if isinstance(part, int) or re.fullmatch(r"\w+", part)]
     known = dict(_known_keys(RunConfig))
-    # pydantic appends the branch of a union ("str", "list[str]") to the location; a key's name ends before it.
+    # pydantic appends the branch of a union ("str", "list[str]") to the location; the key ends before it.
     while (
         location
         and problem["type"] not in ("extra_forbidden", "missing")
@@ -241,21 +245,21 @@ def _explain(problem: Any, source: str, overridden: Sequence[str]) -> str:
         location.pop()
     key = _join(location)
     if problem["type"] == "value_error" and "=" in str(problem["ctx"]["error"]):
-        return str(problem["ctx"]["error"])  # a room's own check names key, value and mend already
-    from_line = any(
+        return "", str(problem["ctx"]["error"])  # a room's own check names key, value and mend already
+    given = any(
         name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in overridden
     )
-    where = "" if from_line else f"{source}: "
+    where = "" if given else f"{source}: "
     if problem["type"] == "extra_forbidden":
-        return f"{where}{key} is not a known key; {_suggest(location, known)}"
+        return f"{where}{key} is not a known key; ", _suggest(location, known)
     if problem["type"] == "missing":
-        return f"{where}{key} is missing; {known.get(_schema_key(location), 'add it')}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}{key}={problem['input']!r}: {message[0].lower()}{message[1:]}"
+        return f"{where}{key} is missing; ", known.get(_schema_key(location), "add it")
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{where}{key}={problem['input']!r}: ", message[0].lower() + message[1:]
 
 
 def _suggest(location: Sequence[str | int], known: Mapping[str, str]) -> str:
-    """The nearest known key: a sibling that looks alike, the same name in another section, or all siblings."""
+    """The nearest known key: a sibling that looks alike, the name in another section, or all siblings."""
     *parents, name = location
     prefix = _schema_key(parents)
     siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == prefix]

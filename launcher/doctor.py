@@ -162,6 +162,7 @@ def _devices() -> list[Finding]:
     found = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        value = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+        capability = f"sm_{properties.major}{properties.minor}"
+        value = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {capability}"
         found.append(Finding(f"cuda:{index}", "ok", value))
     return [*found, Finding("nccl", "ok", ".".join(map(str, torch.cuda.nccl.version())))]

@@ -11,11 +11,12 @@ INTERRUPTED = 130
 
 
 class RunFailed(RuntimeError):
-    """A run ended without its result; the message is all that a person needs. `exit_code` is the process's."""
+    """A run ended without its result; the message is all that a person needs."""
 
     def __init__(self, message: str, exit_code: int = FAILED, details: str = "") -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        """The process's."""
         self.details = details
         """The traceback of the rank that failed, shown with --debug and for our own defects."""
 
@@ -33,8 +34,8 @@ class TopologyError(RuntimeError):
 def is_retryable(error: BaseException) -> bool:
     """Whether restarting the workers from the last checkpoint may get past `error`.
 
-    Peers that vanish, networks and file systems show as RuntimeError (torch.distributed) or OSError. Anything else
-    would meet the same data with the same numbers, and fail again.
+    Peers that vanish, networks and file systems show as RuntimeError (torch.distributed) or OSError. Anything
+    else would meet the same data with the same numbers, and fail again.
     """
     declared = getattr(error, "retryable", None)
     if declared is not None:
@@ -45,7 +46,7 @@ def is_retryable(error: BaseException) -> bool:
 
 
 def is_meant(error: BaseException) -> bool:
-    """Whether `error` is a message for people: raised on purpose by triptych, not from within some library."""
+    """Whether `error` is a message for people: raised by triptych on purpose, not within some library."""
     if isinstance(error, RunFailed):
         return True
     if not isinstance(error, ValueError | RuntimeError):

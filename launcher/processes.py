@@ -1,4 +1,6 @@
-"""The processes below this one, so that what we started is gone when we say so (Linux; elsewhere nothing is seen)."""
+"""The processes below this one, so that what we started is gone when we say so. Elsewhere than on Linux, none
+are seen.
+"""
 
 from __future__ import annotations
 

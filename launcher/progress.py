@@ -1,7 +1,7 @@
 """What the terminal shows of a run: a live line on a terminal, plain lines elsewhere.
 
-Rank 0 and the launcher append events to <run>/progress.jsonl; whoever shows them follows that file, so it makes no
-difference which machine rank 0 is on as long as the run directory is shared.
+Rank 0 and the launcher append events to <run>/progress.jsonl; whoever shows them follows that file, so it
+makes no difference which machine rank 0 is on as long as the run directory is shared.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Display:
 
 
 def step_line(event: Event) -> str:
-    """The numbers of one step, in the order in which one reads them; those that are not known are left out."""
+    """The numbers of one step, in the order in which one reads them; unknown ones are left out."""
     parts = [f"loss {event['loss']:.4f}"] if event.get("loss") is not None else []
     if event.get("tokens_per_second") is not None:
         parts.append(f"{event['tokens_per_second']:,.0f} tok/s")

@@ -1,4 +1,4 @@
-"""Environment of Ray that must stand before Ray is imported; it reaches the processes that Ray starts, too."""
+"""Ray's environment, set before Ray is imported; the processes that Ray starts inherit it."""
 
 from __future__ import annotations
 

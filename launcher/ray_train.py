@@ -1,7 +1,7 @@
 """A run under Ray Train: its cluster, its workers, and what is told of them.
 
-Ray owns the worker group: ranks, rendezvous, restarts. Ours are the check before anything is taken, the placement of
-tensor-parallel groups, the end of a run that no restart would mend, and a machine left as it was found.
+Ray owns the worker group: ranks, rendezvous, restarts. Ours are the check before anything is taken, the
+placement of tensor-parallel groups, the end of a run that no restart would mend, and a machine left clean.
 """
 
 from __future__ import annotations
@@ -117,14 +117,15 @@ class _FailureEvents(ray.train.UserCallback):
 
 
 class _Trainer(TorchTrainer):
-    """Without the actor that guards placement groups: on a Ray of our own it outlives nothing, costs a process
-    start, and floods its log when there is no dashboard to ask."""
+    """For a Ray of our own: without the actors that nothing here needs, since each costs a process start.
+
+    One guards placement groups, which do not outlive such a Ray (and floods its log when there is no
+    dashboard to ask); the other deals out Ray Data sets, of which there are none.
+    """
 
     def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
-        return [
-            callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"
-        ]
+        spared = {"PlacementGroupCleanerCallback", "DatasetsCallback"}
+        return [call for call in super()._create_default_callbacks() if type(call).__name__ not in spared]
 
 
 def _trainer(config: RunConfig, directory: RunDir) -> TorchTrainer:
@@ -170,7 +171,7 @@ def _ray_worker(arguments: Mapping[str, Any]) -> None:
     )
 
 
-# --- The cluster ------------------------------------------------------------------------------------------------
+# --- The cluster -----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -241,8 +242,8 @@ def short_temp_dir() -> str:
         if candidate and len(candidate) <= LONGEST_TEMP_DIR and os.access(candidate, os.W_OK):
             return candidate
     raise RuntimeError(
-        f"no temporary directory for Ray's sockets: {', '.join(filter(None, candidates))} are not writable or longer "
-        f"than {LONGEST_TEMP_DIR} characters; set RAY_TMPDIR to a short one"
+        f"no temporary directory for Ray's sockets: {', '.join(filter(None, candidates))} are not writable "
+        f"or longer than {LONGEST_TEMP_DIR} characters; set RAY_TMPDIR to a short one"
     )
 
 
@@ -255,7 +256,7 @@ def _keep_logs(temporary: Path, directory: RunDir) -> None:
             )
 
 
-# --- The check before anything is taken ---------------------------------------------------------------------------
+# --- The check before anything is taken ------------------------------------------------------------------
 
 
 def uses_gpu(config: RunConfig, resources: Mapping[str, float]) -> bool:
@@ -296,9 +297,10 @@ def place(capacities: Mapping[str, int], workers: int, tp: int, needs: Mapping[s
     for node, capacity in sorted(capacities.items(), key=lambda item: (-item[1], item[0])):
         chosen += [node] * min(capacity // tp * tp, workers - len(chosen))
     if len(chosen) < workers:
+        rooms = ", ".join(str(count) for count in sorted(capacities.values(), reverse=True))
         raise ValueError(
-            f"parallel.tp={tp}: each group of {tp} workers must share a node, but the nodes have room for "
-            f"{', '.join(str(count) for count in sorted(capacities.values(), reverse=True))} workers; lower parallel.tp"
+            f"parallel.tp={tp}: each group of {tp} workers must share a node, but the nodes have room "
+            f"for {rooms} workers; lower parallel.tp"
         )
     return chosen
 
@@ -308,6 +310,6 @@ def check_free(needs: Mapping[str, float], workers: int, available: Mapping[str,
     for name, amount in needs.items():
         if workers * amount > available.get(name, 0) + 1e-6:
             raise ValueError(
-                f"{workers} workers need {workers * amount:g} {name}, but {available.get(name, 0):g} are free in the "
-                "cluster now; wait for the other jobs, or use fewer workers"
+                f"{workers} workers need {workers * amount:g} {name}, but {available.get(name, 0):g} are free "
+                "in the cluster now; wait for the other jobs, or use fewer workers"
             )

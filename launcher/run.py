@@ -87,8 +87,8 @@ def show_plan(config: RunConfig, directory: RunDir) -> None:
 def train(config: RunConfig, directory: RunDir, *, in_process: bool = False) -> dict[str, Any]:
     """Train to the end in `directory`; returns the numbers of the end.
 
-    Raises RunFailed, ValueError for a cluster that is too small or a directory in use, and lets KeyboardInterrupt
-    and Terminated through after saying how to go on.
+    Raises RunFailed, ValueError for a cluster that is too small or a directory in use, and lets
+    KeyboardInterrupt and Terminated through after saying how to go on.
     """
     started = time.monotonic()
     with directory.locked():
@@ -109,10 +109,8 @@ def train(config: RunConfig, directory: RunDir, *, in_process: bool = False) -> 
             raise RunFailed(f"{error}\n{_how_to_go_on(directory)}", error.exit_code, error.details) from error
     seconds = time.monotonic() - started
     if not display.last:
-        display.note(
-            f"nothing to do: {directory.latest_checkpoint()} has all {config.train.steps} steps; raise train.steps",
-            style="yellow",
-        )
+        done = f"{directory.latest_checkpoint()} has all {config.train.steps} steps"
+        display.note(f"nothing to do: {done}; raise train.steps to go on", style="yellow")
     display.note(
         f"finished in {duration(seconds)}: {directory.path} (checkpoint {directory.latest_checkpoint()})"
     )
@@ -146,7 +144,8 @@ def _how_to_go_on(directory: RunDir) -> str:
     checkpoint = directory.latest_checkpoint()
     if checkpoint is None:
         return f"no checkpoint was committed yet; logs are in {directory.path / 'logs'}"
-    return f"last checkpoint: {directory.checkpoints / checkpoint}; go on with: triptych train --resume {directory.path}"
+    there = directory.checkpoints / checkpoint
+    return f"last checkpoint: {there}; go on with: triptych train --resume {directory.path}"
 
 
 def text_corpus(options: dict[str, Any], *, as_json: bool = False) -> None:

@@ -205,7 +205,7 @@ def versions() -> dict[str, Any]:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """Commit of the checkout that triptych is imported from, and whether files differ; None in an installed copy."""
+    """Commit of the checkout that triptych is imported from, and whether files differ; None without one."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:

@@ -22,7 +22,7 @@ from triptych.launcher import config as configuration
 from triptych.launcher import rundir
 from triptych.launcher.config import RunConfig
 from triptych.launcher.errors import TopologyError, exit_code, is_meant, is_retryable
-from triptych.launcher.progress import Display
+from triptych.launcher.progress import Display, step_line
 from triptych.launcher.rundir import RunDir
 from triptych.parallel.layout import Layout
 from triptych.training import session as training
@@ -46,6 +46,17 @@ def run_worker(
         try:
             restarted = _check_world(config, node, directory.was_started())
             _set_threads(config, device)
+            log.info(
+                "rank %d of %d, pid %d on %s, %s, %d threads; layout %s%s",
+                rank,
+                dist.get_world_size(),
+                os.getpid(),
+                socket.gethostname(),
+                device,
+                torch.get_num_threads(),
+                Layout(config.parallel).coordinates(rank),
+                "; takes the place of a worker that died" if restarted else "",
+            )
             report = _reporter(directory, display)
             session = training.build(
                 config,
@@ -59,6 +70,7 @@ def run_worker(
                 ranks = {"world_size": dist.get_world_size(), "device": str(device.type)}
                 report("start", launch=directory.launches(), step=session.step, **ranks)
             session.fit()
+            log.info("rank %d finished", rank)
             return 0
         except Exception as error:
             log.exception("rank %d failed", rank)
@@ -74,8 +86,9 @@ def check_nodes(groups: Sequence[Sequence[int]], nodes: Sequence[str]) -> None:
         places = {rank: nodes[rank] for rank in group}
         if len(set(places.values())) > 1:
             raise TopologyError(
-                f"ranks {', '.join(map(str, group))} exchange activations within each layer (parallel.tp={len(group)}) "
-                f"but were placed on several nodes: {places}; free whole nodes, or lower parallel.tp"
+                f"ranks {', '.join(map(str, group))} exchange activations within each layer "
+                f"(parallel.tp={len(group)}) but were placed on several nodes: {places}; "
+                "free whole nodes, or lower parallel.tp"
             )
 
 
@@ -105,6 +118,8 @@ def _set_threads(config: RunConfig, device: torch.device) -> None:
 def _reporter(directory: RunDir, display: Display | None) -> Report:
     def report(event: str, **values: Any) -> None:
         directory.event(event, **values)
+        if event == "step":
+            log.info("step %d  %s", values["step"], step_line(values))
         if display:
             display.show({"event": event, **values})
 
@@ -126,22 +141,24 @@ class _WarningEvents(logging.Handler):
 
 @contextlib.contextmanager
 def _logged(directory: RunDir, rank: int) -> Iterator[None]:
-    """Log records of this process into logs/rank-<n>.log, warnings of our rooms to the terminal too."""
+    """Our rooms' log records into logs/rank-<n>.log, their warnings to the terminal too."""
     directory.rank_log(rank).parent.mkdir(parents=True, exist_ok=True)
     to_file = logging.FileHandler(directory.rank_log(rank))
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_terminal = _WarningEvents(directory, rank)
-    root, ours = logging.getLogger(), logging.getLogger("triptych")
-    root.addHandler(to_file)
-    ours.addHandler(to_terminal)
-    level = ours.level
+    ours = logging.getLogger("triptych")
+    level, propagate = ours.level, ours.propagate
     ours.setLevel(logging.INFO)
+    ours.propagate = False  # the root writes to standard error, which is the same file where it is redirected
+    ours.addHandler(to_file)
+    ours.addHandler(to_terminal)
     try:
         yield
     finally:
         ours.setLevel(level)
+        ours.propagate = propagate
         ours.removeHandler(to_terminal)
-        root.removeHandler(to_file)
+        ours.removeHandler(to_file)
         to_file.close()
 
 
@@ -156,12 +173,7 @@ def redirect_output(directory: RunDir, rank: int) -> None:
 
 
 def run_in_process(config: RunConfig, directory: RunDir, display: Display) -> int:
-    """Train in this very process, for debuggers; returns the exit code. Raises ValueError for more than one rank."""
-    if config.parallel.world_size != 1:
-        raise ValueError(
-            f"--in-process runs one rank but the layout has {config.parallel.world_size}; "
-            "leave --in-process out, or set the degrees under parallel: to 1"
-        )
+    """Train in this very process, for debuggers; returns the exit code. The layout has one rank."""
     device = torch.device("cuda", 0) if uses_gpu(config) else torch.device("cpu")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
@@ -182,7 +194,7 @@ def uses_gpu(config: RunConfig) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of `torchrun -m triptych.launcher.worker CONFIG [--run-dir DIR] [KEY=VALUE ...]`; returns the exit code."""
+    """`torchrun -m triptych.launcher.worker CONFIG [--run-dir DIR] [KEY=VALUE ...]`; the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "RANK" not in os.environ:
         print("error: start this with torchrun, or use `triptych train`", file=sys.stderr)
