@@ -1,8 +1,8 @@
 """Which form of an operator runs: named by the caller, named by the environment, or the first that can.
 
 A form says what it supports with a reason when it does not. A form that was named (argument `form=` or the
-variable TRIPTYCH_KERNELS="ssd=reference,attention=sdpa") and cannot run raises; the automatic choice falls back
-to the next form in order of priority and says so once.
+variable TRIPTYCH_KERNELS="ssd=reference,attention=sdpa") and cannot run raises; the automatic choice falls
+back to the next form in order of priority and says so once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _FORMS: dict[str, dict[str, Form]] = {}
 
 
 def register(op: str, form: Form, *, first: bool = False) -> None:
-    """Add a form to an operator; forms are tried in the order of registration, or before all others if `first`."""
+    """Add a form to an operator. Forms are tried in order of registration, this one before all if `first`."""
     forms = _FORMS.setdefault(op, {})
     if form.name in forms:
         raise ValueError(f"kernels: {op} already has a form named {form.name!r}")
@@ -63,9 +63,13 @@ def _parse(value: str) -> dict[str, str]:
     for item in filter(None, (part.strip() for part in value.split(","))):
         op, _, form = item.partition("=")
         if op not in _FORMS:
-            raise ValueError(f"{ENVIRONMENT_VARIABLE}: {item!r} names no operator; use one of {sorted(_FORMS)}")
+            raise ValueError(
+                f"{ENVIRONMENT_VARIABLE}: {item!r} names no operator; use one of {sorted(_FORMS)}"
+            )
         if form not in _FORMS[op]:
-            raise ValueError(f"{ENVIRONMENT_VARIABLE}: {item!r} names no form of {op}; use one of {list(_FORMS[op])}")
+            raise ValueError(
+                f"{ENVIRONMENT_VARIABLE}: {item!r} names no form of {op}; use one of {list(_FORMS[op])}"
+            )
         chosen[op] = form
     return chosen
 
@@ -105,7 +109,7 @@ def choose(op: str, form: str | None, device: torch.device, *args: Any, **kwargs
 
 
 def table(device: torch.device | str | None = None) -> list[Row]:
-    """Every form of every operator, whether it can run on `device` (default: the accelerator, else the CPU)."""
+    """Every form of every operator and whether it can run on `device` (default: the GPU, else the CPU)."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)

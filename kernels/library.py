@@ -1,4 +1,4 @@
-"""How this room registers its operators with PyTorch: custom op, fake kernel, FLOP formula, no autocast inside."""
+"""How this room registers its operators with PyTorch: custom op, FLOP formula, no autocast inside."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def define(name: str) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
-def flop_formula(name: str) -> Callable[[F], F]:
-    """Decorator: the function of the op's argument *shapes* that counts its matmul FLOPs (2 per multiply-add)."""
+def flop_formula(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Decorator: the function of the op's argument *shapes* that counts its FLOPs (2 per multiply-add)."""
     return register_flop_formula(getattr(torch.ops.triptych, name))
 
 
@@ -55,4 +55,5 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def statistics_dtype(*tensors: Tensor | None) -> torch.dtype:
     """fp64 if any tensor is fp64, else fp32: the dtype of sums, statistics, decays and angles."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if wide else torch.float32

@@ -1,4 +1,5 @@
-"""Counter-based random numbers in plain int64 arithmetic: a value is a function of (key, index), of nothing else.
+"""Counter-based random numbers in plain int64 arithmetic: a value is a function of (key, index), of nothing
+else.
 
 SplitMix64 (Steele, Lea, Flood 2014): the state is hash(key) + index * golden ratio, and the output is its
 finaliser. No generator state exists, so any shard, rank or device computes any element by itself.

@@ -1,11 +1,13 @@
 """Packed documents: checks of `cu_seqlens` and what operators derive from it.
 
 Legend: B batch, T length of a row, docs documents in all rows.
-`cu_seqlens` is int32 or int64 (docs + 1,), the starts of the documents in the flattened B*T tokens and the end.
-A document never crosses a row. On meta tensors the boundaries have no values and are not checked.
+`cu_seqlens` is int32 or int64 (docs + 1,): the starts of the documents in the flattened B*T tokens, and the
+end. A document never crosses a row. Boundaries are checked where they can be read at no cost, on the CPU.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be int32 or int64, it is {cu_seqlens.dtype}; use cu_seqlens.int()")
     if cu_seqlens.device.type != "cpu":
-        # Reading the values would stall the device's queue; the data pipeline builds and checks them on the host.
+        # Reading the values would stall the device's queue, and on meta tensors there are none.
         return
     bounds = cu_seqlens.long()
     if int(bounds[0]) != 0 or int(bounds[-1]) != batch * length:
@@ -47,6 +49,6 @@ def segment_ids(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
 
 
 def document_bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    """[(start, end)] of each document in the flattened tokens. Reads the values: on an accelerator, a sync."""
+    """[(start, end)] of each document in the flattened tokens. Reads the values, a sync on an accelerator."""
     bounds = cu_seqlens.tolist()
-    return list(zip(bounds[:-1], bounds[1:]))
+    return list(itertools.pairwise(bounds))

@@ -27,13 +27,14 @@ def attention(
     dropout: Callable[[Tensor], Tensor] | None = None,
     form: str | None = None,
 ) -> Tensor:
-    """softmax(scale * q k^T + mask) v for each head (arXiv 1706.03762); head h uses key/value head h // (H/G).
+    """softmax(scale * q k^T + mask) v for each head (arXiv 1706.03762); head h uses the key/value head
+    h // (H/G).
 
     q: (B, T, H, D). k, v: (B, S, G, D), G divides H. causal: the last query meets the last key, so that with
     S > T the first S - T keys are a cache. window: a query sees itself and the window - 1 keys before it.
-    cu_seqlens: packed documents (S = T), none sees another. scale: None means 1/sqrt(D). dropout: applied to the
-    probabilities (B, H, T, S); only the form "reference" can. form: "sdpa" (default) or "reference", which
-    materialises the scores.
+    cu_seqlens: packed documents (S = T), none sees another. scale: None means 1/sqrt(D). dropout: applied to
+    the probabilities (B, H, T, S); only the form "reference" can. form: "sdpa" (default) or "reference",
+    which materialises the scores.
     Returns (B, T, H, D) in the inputs' common dtype, or autocast's. Raises ValueError for what does not fit.
     """
     _check(q, k, v, causal, window, cu_seqlens)
@@ -51,7 +52,9 @@ def attention(
     return dispatch.choose("attention", form, q.device, q, k, v, **options).run(q, k, v, **options)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, cu_seqlens: Tensor | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, cu_seqlens: Tensor | None
+) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4 or q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3]:
         raise ValueError(f"attention: q must be (B, T, H, D) and k, v (B, S, G, D); they are {shapes}")
@@ -59,10 +62,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, cu
         raise ValueError(f"attention: q and k must have one head dim; they are {shapes}")
     if q.shape[2] % k.shape[2]:
         raise ValueError(
-            f"attention: {k.shape[2]} key/value heads do not divide {q.shape[2]} heads; choose a divisor of the latter"
+            f"attention: {k.shape[2]} key/value heads do not divide {q.shape[2]} heads; use a divisor"
         )
     if causal and k.shape[1] < q.shape[1]:
-        raise ValueError(f"attention: causal needs S >= T, the last query meets the last key; they are {shapes}")
+        raise ValueError(
+            f"attention: causal needs S >= T, the last query meets the last key; they are {shapes}"
+        )
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"attention: window={window} must be at least 1, and needs causal=True")
     if cu_seqlens is not None:

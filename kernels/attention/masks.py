@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def visible(length: int, keys: int, *, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
+def visible(
+    length: int, keys: int, *, causal: bool, window: int | None, device: torch.device
+) -> Tensor | None:
     """(T, S) bool, or None where every query sees every key. The last query meets the last key."""
     if not causal or (length == 1 and (window is None or window >= keys)):
         return None

@@ -2,8 +2,8 @@
 
 B batch, T queries, S keys, H heads, G key/value heads, R = H/G, D head dim.
 
-What autograd keeps is q (scaled), k, v and the probabilities (and what the dropout keeps and returns), each once
-and in the matmul dtype; the mask is added, since an addition keeps nothing.
+What autograd keeps is q (scaled), k, v and the probabilities (and what the dropout keeps and returns), each
+once and in the matmul dtype; the mask is added, since an addition keeps nothing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Attention through PyTorch's scaled_dot_product_attention, itself a registered operator with a fused form.
 
-B batch, T queries, S keys, H heads, G key/value heads, D head dim. Packed documents of one length form a batch.
+B batch, T queries, S keys, H heads, G key/value heads, D head dim. Packed documents of one length form a
+batch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def _flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    """Full scores and context, masked or not, as PyTorch counts its other fused forms; shapes (B, H, T, D)."""
+    """Full scores and context, masked or not, as PyTorch counts its other fused forms; q is (B, H, T, D)."""
     return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
 
 
@@ -78,7 +79,9 @@ def _packed(
     return torch.cat(outs).index_select(0, back).view(*q.shape[:3], -1)
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, *, dropout: Callable[[Tensor], Tensor] | None, **_: Any) -> str | None:
+def supports(
+    q: Tensor, k: Tensor, v: Tensor, *, dropout: Callable[[Tensor], Tensor] | None, **_: Any
+) -> str | None:
     """Why this form cannot serve the call."""
     if dropout is not None:
         return "its dropout would draw from the device's generator, not from the sample keys"

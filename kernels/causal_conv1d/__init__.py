@@ -33,7 +33,8 @@ def causal_conv1d(
     """
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[2]:
         raise ValueError(
-            f"causal_conv1d: x must be (B, T, C) and weight (C, K); they are {tuple(x.shape)} and {tuple(weight.shape)}"
+            "causal_conv1d: x must be (B, T, C) and weight (C, K); "
+            f"they are {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     batch, length, channels = x.shape
     if bias is not None and bias.shape != (channels,):
@@ -46,7 +47,9 @@ def causal_conv1d(
         count = cu_seqlens.numel() - 1
     expected = (count, channels, weight.shape[1] - 1)
     if initial_state is not None and initial_state.shape != expected:
-        raise ValueError(f"causal_conv1d: initial_state must be {expected}, it is {tuple(initial_state.shape)}")
+        raise ValueError(
+            f"causal_conv1d: initial_state must be {expected}, it is {tuple(initial_state.shape)}"
+        )
     y, final_state = dispatch.choose("causal_conv1d", form, x.device).run(
         x,
         weight,

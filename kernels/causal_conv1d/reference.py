@@ -1,4 +1,4 @@
-"""Causal depthwise convolution, one token at a time. B batch, T length, C channels, K taps, docs documents."""
+"""Causal depthwise convolution, one token at a time. B batch, T length, C channels, K taps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from triptych.kernels.library import statistics_dtype
 from triptych.kernels.segments import document_bounds
 
 
-def _one_document(x_TC: Tensor, weight: Tensor, bias: Tensor | None, history_CL: Tensor) -> tuple[Tensor, Tensor]:
+def _one_document(
+    x_TC: Tensor, weight: Tensor, bias: Tensor | None, history_CL: Tensor
+) -> tuple[Tensor, Tensor]:
     """y (T, C) and the last K-1 inputs (C, K-1)."""
     window = list(history_CL.unbind(-1))
     outputs = []
@@ -36,7 +38,9 @@ def causal_conv1d(
     batch, length, channels = x.shape
     flat = x.reshape(-1, channels).to(dtype)
     bounds = (
-        [(i * length, (i + 1) * length) for i in range(batch)] if cu_seqlens is None else document_bounds(cu_seqlens)
+        [(i * length, (i + 1) * length) for i in range(batch)]
+        if cu_seqlens is None
+        else document_bounds(cu_seqlens)
     )
     ys, states = [], []
     for i, (start, end) in enumerate(bounds):
@@ -46,4 +50,5 @@ def causal_conv1d(
         )
         ys.append(F.silu(y) if activation == "silu" else y)
         states.append(state)
-    return torch.cat(ys).view(x.shape).to(x.dtype), torch.stack(states).to(x.dtype) if with_final_state else None
+    final_state = torch.stack(states).to(x.dtype) if with_final_state else None
+    return torch.cat(ys).view(x.shape).to(x.dtype), final_state

@@ -1,7 +1,8 @@
 """Causal depthwise convolution as K shifted multiply-adds, activation included; saves its inputs only.
 
 B batch, T length, S length with history, C channels, K taps, docs documents.
-Documents are separated by laying them out with K-1 rows of history (their initial state or zeros) before each.
+Documents are separated by laying them out with K-1 rows of history (their initial state or zeros) before
+each.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from triptych.kernels.library import define, flop_formula, statistics_dtype
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, history: int) -> Tensor:
-    """z (B, S - history, C): z[t] = bias + sum_k weight[:, K-1-k] x[t + history - k], zeros before the start."""
+    """z (B, S - history, C): z[t] = bias + sum_k weight[:, K-1-k] x[t + history - k], zeros before it."""
     taps, length = weight.shape[1], x.shape[1]
     z = x[:, history:] * weight[:, taps - 1]
     if bias is not None:
@@ -96,7 +97,13 @@ def _flops_backward(
 
 
 def _packed(
-    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor | None, cu_seqlens: Tensor, final: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    state: Tensor | None,
+    cu_seqlens: Tensor,
+    final: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """All documents in one row, each behind its own history."""
     batch, length, channels = x.shape

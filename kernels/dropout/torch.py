@@ -12,7 +12,9 @@ from triptych.kernels.library import define
 from triptych.kernels.random import hash_bits
 
 
-def window_index(window: Sequence[int], start: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
+def window_index(
+    window: Sequence[int], start: Sequence[int], shape: Sequence[int], device: torch.device
+) -> Tensor:
     """int64 of shape `window`: where each of its elements lies in the flattened whole tensor."""
     index = torch.zeros((), dtype=torch.int64, device=device)
     stride = 1

@@ -42,10 +42,10 @@ def linear_cross_entropy(
     """-log softmax(hidden @ weight.T)[target] + z_loss * logsumexp^2 for each token, without the full logits.
 
     hidden: (N, D). weight: (V, D), the rows held here. targets: (N,) integer, global ids; where they equal
-    ignore_index the result and all gradients are 0. chunk_size: tokens whose logits exist at a time (default: as
-    many as 16 MiB of fp32 hold). Returns (N,) in fp32 (fp64 for fp64). Under autocast the matmuls run in its
-    dtype; log-sum-exp and dweight accumulate in fp32 in any case.
-    With shards, dhidden is this shard's partial sum: the caller's collective adds them up.
+    ignore_index the result and all gradients are 0. chunk_size: tokens whose logits exist at a time (default:
+    as many as 16 MiB of fp32 hold). Returns (N,) in fp32 (fp64 for fp64). Under autocast the matmuls run in
+    its dtype; log-sum-exp and dweight accumulate in fp32 in any case. With shards, dhidden is this shard's
+    partial sum: the caller's collective adds them up.
     Raises ValueError for shapes that do not match and, on CPU and unsharded, for targets outside [0, V).
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -89,7 +89,7 @@ def _check_targets(targets: Tensor, vocab: int) -> None:
 
 
 def _combine(lse: Tensor, picked: Tensor, shards: VocabShards) -> tuple[Tensor, Tensor]:
-    """Whole-vocabulary values whose gradients reach this shard's: d whole / d local is the shard's probability."""
+    """Whole-vocabulary values whose gradients reach this shard's: d whole / d local is its probability."""
     local = lse.detach()
     top = shards.max(local.clone())
     whole = shards.sum((local - top).exp()).log() + top

@@ -8,7 +8,13 @@ from triptych.kernels.library import statistics_dtype
 
 
 def linear_logsumexp(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, start: int, chunk_size: int | None, matmul_dtype: torch.dtype
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    start: int,
+    chunk_size: int | None,
+    matmul_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp (N,) of the logits and the target's logit (N,), 0 where another shard holds the target."""
     logits = (hidden.to(matmul_dtype) @ weight.to(matmul_dtype).T).to(statistics_dtype(hidden, weight))

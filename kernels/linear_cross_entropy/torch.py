@@ -1,7 +1,7 @@
 """Projection and log-sum-exp in one operator that holds the logits of one chunk of tokens at a time.
 
-N tokens, D hidden size, V vocabulary rows held, starting at global row `start`. Backward computes each chunk's
-logits again from the saved inputs and the log-sum-exp.
+N tokens, D hidden size, V vocabulary rows held, starting at global row `start`. Backward computes each
+chunk's logits again from the saved inputs and the log-sum-exp.
 """
 
 from collections.abc import Iterator
@@ -81,7 +81,9 @@ def linear_logsumexp_backward_op(
     dweight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
     for chunk in _chunks(hidden.shape[0], weight.shape[0], chunk_size):
         h = hidden[chunk].to(matmul_dtype)
-        dlogits = _matmul(h, cast.T, dtype).sub_(lse[chunk].unsqueeze(-1)).exp_().mul_(dlse[chunk].unsqueeze(-1))
+        dlogits = (
+            _matmul(h, cast.T, dtype).sub_(lse[chunk].unsqueeze(-1)).exp_().mul_(dlse[chunk].unsqueeze(-1))
+        )
         dlogits.scatter_add_(1, rows[chunk].unsqueeze(1), dpicked[chunk].unsqueeze(1))
         dlogits = dlogits.to(matmul_dtype)
         dhidden[chunk] = dlogits @ cast
@@ -127,13 +129,21 @@ def _flops(hidden: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
 
 
 @flop_formula("linear_logsumexp_backward")
-def _flops_backward(dlse: Any, dpicked: Any, lse: Any, hidden: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+def _flops_backward(
+    dlse: Any, dpicked: Any, lse: Any, hidden: Any, weight: Any, *args: Any, **kwargs: Any
+) -> int:
     # The logits once more, dhidden and dweight.
     return 3 * _flops(hidden, weight)
 
 
 def linear_logsumexp(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, start: int, chunk_size: int | None, matmul_dtype: torch.dtype
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    start: int,
+    chunk_size: int | None,
+    matmul_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in the reference."""
     return linear_logsumexp_op(hidden, weight, targets, start, chunk_size or 0, matmul_dtype)

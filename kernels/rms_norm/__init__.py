@@ -24,12 +24,14 @@ def rms_norm(
 
     x: (..., C). weight: (C,). gate: like x; then x * silu(gate) is normed, as Mamba-2 does before its output
     projection. num_groups: the mean is taken over each of so many equal runs of channels.
-    Statistics are fp32 (fp64 for fp64 inputs); the result has x's dtype. Saved for backward: the inputs and one
-    number per group and token. Raises ValueError for shapes that do not match.
+    Statistics are fp32 (fp64 for fp64 inputs); the result has x's dtype. Saved for backward: the inputs and
+    one number per group and token. Raises ValueError for shapes that do not match.
     """
     channels = x.shape[-1]
     if weight.shape != (channels,):
-        raise ValueError(f"rms_norm: weight must be ({channels},) like x's last dim, it is {tuple(weight.shape)}")
+        raise ValueError(
+            f"rms_norm: weight must be ({channels},) like x's last dim, it is {tuple(weight.shape)}"
+        )
     if gate is not None and gate.shape != x.shape:
         raise ValueError(f"rms_norm: gate {tuple(gate.shape)} must have the shape of x {tuple(x.shape)}")
     if num_groups < 1 or channels % num_groups:

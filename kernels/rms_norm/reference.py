@@ -1,4 +1,4 @@
-"""RMS norm as written in the paper (arXiv 1910.07467); gated and grouped as in Mamba-2. C channels, K groups."""
+"""RMS norm as written in the paper (arXiv 1910.07467), gated and grouped as in Mamba-2."""
 
 from __future__ import annotations
 

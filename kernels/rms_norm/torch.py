@@ -1,4 +1,4 @@
-"""RMS norm that keeps its inputs and one number per group and token. C channels, K groups, ... leading dims."""
+"""RMS norm that keeps its inputs and one number per group and token. C channels, K groups."""
 
 from typing import Any
 
@@ -17,7 +17,9 @@ def _gated(x: Tensor, gate: Tensor | None, num_groups: int, dtype: torch.dtype) 
 
 
 @define("rms_norm")
-def rms_norm_op(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, num_groups: int) -> tuple[Tensor, Tensor]:
+def rms_norm_op(
+    x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, num_groups: int
+) -> tuple[Tensor, Tensor]:
     """y (..., C) of x's dtype and rstd (..., K) in fp32 or fp64."""
     dtype = statistics_dtype(x, weight)
     v = _gated(x, gate, num_groups, dtype)

@@ -1,4 +1,7 @@
-"""State-space dual scan (Mamba-2). B batch, T length, H heads, P head dim, G groups, N state, docs documents."""
+"""State-space dual scan (Mamba-2).
+
+B batch, T length, H heads, P head dim, G groups, N state, docs packed documents.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,13 @@ def ssd(
     """The scan of Mamba-2 (arXiv 2405.21060, section 6), h[t] = exp(dt[t] a) h[t-1] + dt[t] x[t] b[t]^T,
     y[t] = h[t] c[t] + d x[t], in chunks.
 
-    x: (B, T, H, P), any float dtype. dt: (B, T, H), >= 0, after softplus. a: (H,), < 0. b, c: (B, T, G, N); head h
-    uses group h // (H/G). d: (H,). initial_state: (B or docs, H, P, N), None means zeros. cu_seqlens: packed
-    documents, see `triptych.kernels.segments`; each begins with its own state.
-    chunk_size: tokens worked on by one matmul; the result depends on it by rounding only.
-    Returns y, shaped and typed like x, and with return_final_state the state after the last token of each row or
-    document, in fp32 (fp64 where x, dt or a is). Every input and both outputs carry gradients.
-    Decays are accumulated in fp32 (fp64) whatever x is. Raises ValueError for what does not fit.
+    x: (B, T, H, P), any float dtype. dt: (B, T, H), >= 0, after softplus. a: (H,), < 0. b, c: (B, T, G, N);
+    head h uses group h // (H/G). d: (H,). initial_state: (B or docs, H, P, N), None means zeros. cu_seqlens:
+    packed documents, see `triptych.kernels.segments`; each begins with its own state. chunk_size: tokens
+    worked on by one matmul; the result depends on it by rounding only.
+    Returns y, shaped and typed like x, and with return_final_state the state after the last token of each row
+    or document, in fp32 (fp64 where x, dt or a is). Every input and both outputs carry gradients. Decays are
+    accumulated in fp32 (fp64) whatever x is. Raises ValueError for what does not fit.
     """
     _check(x, dt, a, b, c, d, initial_state, cu_seqlens, chunk_size)
     y, final_state = dispatch.choose("ssd", form, x.device).run(
@@ -64,8 +67,8 @@ def ssd_step(
     """
     if state.shape[:3] != x.shape or dt.shape != x.shape[:2] or b.shape != c.shape or x.shape[1] % b.shape[1]:
         raise ValueError(
-            "ssd_step: state must be (B, H, P, N), x (B, H, P), dt (B, H), b and c (B, G, N) with G dividing H; they "
-            f"are {', '.join(str(tuple(y.shape)) for y in (state, x, dt, b, c))}"
+            "ssd_step: state must be (B, H, P, N), x (B, H, P), dt (B, H), b and c (B, G, N), G dividing H;"
+            f" they are {', '.join(str(tuple(y.shape)) for y in (state, x, dt, b, c))}"
         )
     dtype = statistics_dtype(x, dt, a)
     b, c = (y.to(dtype).repeat_interleave(x.shape[1] // y.shape[1], dim=1).unsqueeze(2) for y in (b, c))
@@ -102,7 +105,9 @@ def _check(
             f"they are {tuple(b.shape)} and {tuple(c.shape)}"
         )
     if heads % b.shape[2]:
-        raise ValueError(f"ssd: {b.shape[2]} groups do not divide {heads} heads; choose a divisor of the latter")
+        raise ValueError(
+            f"ssd: {b.shape[2]} groups do not divide {heads} heads; choose a divisor of the latter"
+        )
     for name, value in (("a", a), ("d", d)):
         if value is not None and value.shape != (heads,):
             raise ValueError(f"ssd: {name} must be (H,) = ({heads},), it is {tuple(value.shape)}")

@@ -1,13 +1,14 @@
 """How SSD cuts a sequence into chunks, and the mathematics of it.
 
-B batch, T length, L chunk size, C chunks in a row, K = B*C chunks in all, H heads, G groups, R = H/G, P head dim,
-N state.
+B batch, T length, L chunk size, C chunks in a row, K = B*C chunks in all, H heads, G groups, R = H/G,
+P head dim, N state.
 
-Within a chunk, with q[i] the cumulative log decay up to and with token i (paper: arXiv 2405.21060, section 6):
+Within a chunk, with q[i] the cumulative log decay up to and with token i (arXiv 2405.21060, section 6):
     y[i] = sum_{j <= i} exp(q[i] - q[j]) (c[i].b[j]) xdt[j]  +  exp(q[i]) S c[i]  +  d x[i],
     S'   = exp(q[L-1]) S + sum_j exp(q[L-1] - q[j]) xdt[j] b[j]^T,    xdt = dt x.
-Documents (segment ids) cut the sums by masks; a reset is never a decay of -inf, whose differences would be NaN.
-The score matrix c.b is computed once per group. Tokens beyond T are padding with dt = 0: they leave the state alone.
+Documents (segment ids) cut the sums by masks; a reset is never a decay of -inf, whose differences would be
+NaN. The score matrix c.b is computed once per group. Tokens beyond T are padding with dt = 0, which leaves
+the state alone.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
 from triptych.kernels.library import statistics_dtype
 
-# Elements of the (L, L) decay matrices that exist at a time; bounds memory and keeps them in a core's cache.
-TILE_ELEMENTS = 1 << 20
+# Elements of the (L, L) decay matrices that exist at a time: bounds memory, and keeps them in a CPU's cache.
+TILE_ELEMENTS = {"cpu": 1 << 19}
+TILE_ELEMENTS_ELSEWHERE = 1 << 26
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
@@ -41,7 +42,9 @@ class Chunks:
     b: Tensor  # (K*G, L, N), in the matmul dtype
     c: Tensor  # (K*G, L, N), in the matmul dtype
     cumulative: Tensor  # q: (K, G, R, L)
-    from_start: Tensor  # (K, L, G, R): decay from the state before the chunk to each token, 0 across documents
+    from_start: (
+        Tensor  # (K, L, G, R): decay from the state before the chunk to each token, 0 across documents
+    )
     to_end: Tensor  # (K, L, G, R): decay from each token to the end of the chunk
     through: Tensor  # (B, C, H): decay of the whole chunk
     hidden: Tensor  # (1 or K, L, L) bool: pairs i, j that do not see each other
@@ -76,7 +79,8 @@ class Chunks:
     def tiles(self) -> list[slice]:
         """Runs of chunks whose decay matrices fit the bound."""
         k, groups, repeats, length = self.cumulative.shape
-        size = max(1, TILE_ELEMENTS // (groups * repeats * length * length))
+        bound = TILE_ELEMENTS.get(self.x.device.type, TILE_ELEMENTS_ELSEWHERE)
+        size = max(1, bound // (groups * repeats * length * length))
         return [slice(i, min(i + size, k)) for i in range(0, k, size)]
 
     def decays(self, tile: slice) -> Tensor:
@@ -99,7 +103,9 @@ def pad_time(x: Tensor, padding: int) -> Tensor:
     return F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding)) if padding else x
 
 
-def cut(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, segments: Tensor | None, chunk_size: int) -> Chunks:
+def cut(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, segments: Tensor | None, chunk_size: int
+) -> Chunks:
     """Cut (B, T, ...) inputs into chunks; segments (B, T) or None."""
     dtype = statistics_dtype(x, dt, a)
     # Half-precision matmuls pay on accelerators; on CPU they are slower than fp32 ones.
@@ -119,7 +125,9 @@ def cut(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, segments: Tensor
     hidden = (order.unsqueeze(1) < order).unsqueeze(0)
     if segments is not None:
         ids = torch.cat([segments, segments[:, -1:].expand(-1, padding)], dim=1).view(batch, -1, size)
-        before = torch.cat([ids[:, :1, :1], ids[:, :-1, -1:]], dim=1)  # document of the token before the chunk
+        before = torch.cat(
+            [ids[:, :1, :1], ids[:, :-1, -1:]], dim=1
+        )  # document of the token before the chunk
         through = through * (ids[:, :, -1:] == before)
         from_start = from_start * (ids == before).view(*shape, 1, 1)
         to_end = to_end * (ids == ids[:, :, -1:]).view(*shape, 1, 1)

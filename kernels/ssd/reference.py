@@ -42,7 +42,9 @@ def ssd(
     inputs = (x, dt, *(y.repeat_interleave(repeats, dim=2) for y in (b, c)))
     flat_x, flat_dt, flat_b, flat_c = (y.to(dtype).flatten(0, 1) for y in inputs)
     bounds = (
-        [(i * length, (i + 1) * length) for i in range(batch)] if cu_seqlens is None else document_bounds(cu_seqlens)
+        [(i * length, (i + 1) * length) for i in range(batch)]
+        if cu_seqlens is None
+        else document_bounds(cu_seqlens)
     )
     ys, states = [], []
     for i, (start, end) in enumerate(bounds):

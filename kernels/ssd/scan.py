@@ -1,14 +1,13 @@
 """The chunked SSD scan as plain functions on tensors, forward and backward: what the custom ops run.
 
-B batch, T length, L chunk size, C chunks in a row, K = B*C chunks in all, H heads, G groups, R = H/G, P head dim,
-N state. The equations are at the head of chunks.py.
+B batch, T length, L chunk size, C chunks in a row, K = B*C chunks in all, H heads, G groups, R = H/G, P head
+dim, N state. The equations are at the head of chunks.py.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
 from triptych.kernels.ssd.chunks import Chunks, cut, pad_time
 
 
@@ -30,7 +29,7 @@ def forward(
     segments: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, T, H, P), the state after the last token (B, H, P, N) and the states before each chunk (B, C, H, P, N)."""
+    """y (B, T, H, P), the last state (B, H, P, N) and the states before each chunk (B, C, H, P, N)."""
     s = cut(x, dt, a, b, c, segments, chunk_size)
     state_shape = (*s.through.shape, x.shape[3], b.shape[3])
     added = s.mm(s.grouped(s.x, s.to_end * s.dt).transpose(1, 2), s.b).view(state_shape)
@@ -54,7 +53,9 @@ def _outputs(s: Chunks, tile: slice, before: Tensor, d: Tensor | None, out: Tens
     weights = s.decays(tile).mul_(s.scores(tile)).view(-1, length, length)
     inside = s.mm(weights, s.per_head(s.x[tile], s.dt[tile])).view(-1, groups, repeats, length, dim)
     carried = s.mm(s.c[rows], before[rows].transpose(1, 2)).view(-1, groups, length, repeats, dim)
-    torch.addcmul(inside.permute(0, 3, 1, 2, 4), carried.transpose(1, 2), s.from_start[tile].unsqueeze(-1), out=out)
+    torch.addcmul(
+        inside.permute(0, 3, 1, 2, 4), carried.transpose(1, 2), s.from_start[tile].unsqueeze(-1), out=out
+    )
     if d is not None:
         out.addcmul_(s.x[tile], d.to(s.dtype).view(groups, repeats, 1))
 
@@ -104,7 +105,9 @@ class _Gradients:
     def __init__(self, s: Chunks, state_size: int) -> None:
         self.s = s
         shape, options = s.x.shape, {"dtype": s.dtype, "device": s.x.device}
-        self.dx = torch.empty(shape, **options)  # (K, L, G, R, P); first of xdt as far as it reaches later chunks
+        self.dx = torch.empty(
+            shape, **options
+        )  # (K, L, G, R, P); first of xdt as far as it reaches later chunks
         self.ddt = torch.empty(shape[:4], **options)
         self.dq = torch.zeros(s.cumulative.shape, **options)  # (K, G, R, L)
         self.db = torch.empty(s.b.shape[0], shape[1], state_size, **options)  # (K*G, L, N)
@@ -140,12 +143,16 @@ class _Gradients:
         dscores = dweights.sum(2).view(-1, length, length)
         self.dc[rows] += s.mm(dscores, s.b[rows])
         self.db[rows] += s.mm(dscores.transpose(1, 2), s.c[rows])
-        # exp(q[i] - q[j]) weighs each product: row sums to q[i], column sums to q[j]. On the diagonal they cancel,
-        # exactly only if left out.
+        # exp(q[i] - q[j]) weighs each product: row sums go to q[i], column sums to q[j]. On the diagonal they
+        # cancel, exactly only if left out.
         dweights.mul_(scores).diagonal(dim1=-2, dim2=-1).zero_()
         self.dq[tile] += dweights.sum(-1).sub_(dweights.sum(-2))
         weights = decays.mul_(scores).view(-1, length, length)
-        dxdt = s.mm(weights.transpose(1, 2), dy_heads).view(-1, groups, repeats, length, dim).permute(0, 3, 1, 2, 4)
+        dxdt = (
+            s.mm(weights.transpose(1, 2), dy_heads)
+            .view(-1, groups, repeats, length, dim)
+            .permute(0, 3, 1, 2, 4)
+        )
         self.ddt[tile] += (dxdt * s.x[tile]).sum(-1)
         dx = self.dx[tile].add_(dxdt).mul_(s.dt[tile].unsqueeze(-1))
         if d is not None:

@@ -1,6 +1,7 @@
 """The chunked matmul form of SSD as a registered operator; saves its inputs and the state before each chunk.
 
-B batch, T length, L chunk size, C chunks in a row, H heads, P head dim, G groups, N state, docs packed documents.
+B batch, T length, L chunk size, C chunks in a row, H heads, P head dim, G groups, N state, docs packed
+documents.
 """
 
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
 from triptych.kernels.library import define, flop_formula, statistics_dtype
 from triptych.kernels.segments import document_bounds, segment_ids
 from triptych.kernels.ssd import scan
@@ -125,7 +125,16 @@ def _products(x: Any, b: Any, chunk_size: int) -> tuple[int, int, int]:
 
 @flop_formula("ssd")
 def _flops(
-    x: Any, dt: Any, a: Any, b: Any, c: Any, d: Any, initial: Any, segments: Any, chunk_size: int, **kwargs: Any
+    x: Any,
+    dt: Any,
+    a: Any,
+    b: Any,
+    c: Any,
+    d: Any,
+    initial: Any,
+    segments: Any,
+    chunk_size: int,
+    **kwargs: Any,
 ) -> int:
     scores, weights, states = _products(x, b, chunk_size)
     return scores + weights + 2 * states
@@ -147,7 +156,7 @@ def _flops_backward(
     **kwargs: Any,
 ) -> int:
     scores, weights, state = _products(x, b, chunk_size)
-    # Scores again, db and dc from them; dweights and dx; dstates, dc, db and dx from the states, and y for dq.
+    # Scores again, db and dc from them; dweights and dx; from the states dstates, dc, db, dx, and y for dq.
     return 3 * scores + 2 * weights + 5 * state
 
 
@@ -164,7 +173,8 @@ def _document_states(
 ) -> tuple[Tensor, Tensor | None]:
     """Add to y what each packed document's own initial state gives, and find its final state.
 
-    The scan is linear, so both are sums over the document's tokens; autograd by PyTorch, a document at a time.
+    The scan is linear, so both are sums over the document's tokens; autograd by PyTorch, a document at a
+    time.
     """
     dtype = statistics_dtype(x, dt, a)
     repeats = x.shape[2] // b.shape[2]
