@@ -138,11 +138,27 @@ class Fault(LanguageModeling):
         return total, count, metrics
 
 
-def fit_ranks(run: Run, run_dir: Path, fault: Fault | None = None) -> list[StepReport] | str:
-    """What each rank of a group does; the name of the fault if one ended the run."""
-    if fault is not None:
-        fault.layout = Layout(run.parallel)
+def checked_run(corpus: Path, **parallel: Any) -> Run:
+    """The run of most tests; its six validation samples do not fill global batches of four."""
+    return make_run(
+        corpus,
+        parallel=parallel,
+        train={"eval_every": 3, "eval_samples": 6},
+        checkpoint={"every": 2},
+    )
+
+
+def fit_ranks(corpus: Path, parallel: dict[str, Any], run_dir: Path, *fault: Any) -> list[StepReport] | str:
+    """What each rank of a group does: `checked_run`, with a Fault's arguments if there is to be one.
+
+    The reports, or what ended the run. Takes plain values: the ranks cannot unpickle classes of tests.
+    """
+    run = checked_run(corpus, **parallel)
+    objective = None
+    if fault:
+        objective = Fault(*fault)
+        objective.layout = Layout(run.parallel)
     try:
-        return fit(run, run_dir, fault)
+        return fit(run, run_dir, objective)
     except (Stopped, NonFiniteLoss) as error:
         return f"{type(error).__name__}: {error}"

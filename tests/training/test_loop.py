@@ -24,7 +24,7 @@ from triptych.training.metrics import StepReport
 from triptych.training.session import build
 from triptych.training.shards import Window
 
-from tests.training.runs import CPU, Fault, Run, Stopped, fit, fit_ranks, make_run, write_corpus
+from tests.training.runs import CPU, Fault, Stopped, checked_run, fit, fit_ranks, make_run, write_corpus
 
 TP2_DP2 = {"tp": 2, "dp_shard": 2}
 PP2 = {"pp": 2, "recompute": "selective"}
@@ -43,16 +43,6 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     """The reports and run directory of six steps in one process."""
     run_dir = tmp_path_factory.mktemp("undisturbed")
     return fit(checked_run(corpus), run_dir), run_dir
-
-
-def checked_run(corpus: Path, **parallel: Any) -> Run:
-    """The run of all tests here; six validation samples do not fill global batches of four."""
-    return make_run(
-        corpus,
-        parallel=parallel,
-        train={"eval_every": 3, "eval_samples": 6},
-        checkpoint={"every": 2},
-    )
 
 
 def losses(reports: list[StepReport]) -> list[float]:
@@ -131,7 +121,7 @@ def test_any_layout_has_the_same_curve_and_validation(
     distributed: Callable[..., list[Any]],
     parallel: dict[str, Any],
 ) -> None:
-    reports, *others = distributed(2, fit_ranks, checked_run(corpus, **parallel), tmp_path)
+    reports, *others = distributed(2, fit_ranks, corpus, parallel, tmp_path)
     assert others == [[]]
     assert losses(reports) == pytest.approx(losses(undisturbed[0]), rel=1e-10)
     for got, expected in zip(reports, undisturbed[0], strict=True):
@@ -148,10 +138,10 @@ def test_stopped_at_tp2_dp2_and_resumed_at_pp2(
     tmp_path: Path,
     distributed: Callable[..., list[Any]],
 ) -> None:
-    stopped = distributed(4, fit_ranks, checked_run(corpus, **TP2_DP2), tmp_path, Fault("stop", at=5))
+    stopped = distributed(4, fit_ranks, corpus, TP2_DP2, tmp_path, "stop", 5)
     assert stopped == ["Stopped: "] * 4
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000004"
-    reports, _ = distributed(2, fit_ranks, checked_run(corpus, **PP2), tmp_path)
+    reports, _ = distributed(2, fit_ranks, corpus, PP2, tmp_path)
     assert [report.step for report in reports] == [5, 6]
     assert losses(reports) == pytest.approx(losses(undisturbed[0])[4:], rel=1e-10)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -165,10 +155,10 @@ def test_a_killed_rank_costs_nothing(
     tmp_path: Path,
     distributed: Callable[..., list[Any]],
 ) -> None:
-    run = checked_run(corpus, dp_shard=2)
+    parallel = {"dp_shard": 2}
     with pytest.raises(RuntimeError):
-        distributed(2, fit_ranks, run, tmp_path, Fault("kill", at=6, dp_rank=1))
-    reports, _ = distributed(2, fit_ranks, run, tmp_path)
+        distributed(2, fit_ranks, corpus, parallel, tmp_path, "kill", 6, 1)
+    reports, _ = distributed(2, fit_ranks, corpus, parallel, tmp_path)
     assert reports[-1].step == 6 and len(reports) <= 4
     assert losses(reports) == pytest.approx(losses(undisturbed[0])[-len(reports) :], rel=1e-10)
     assert_same_end(tmp_path, undisturbed[1], 1e-9)
@@ -177,8 +167,8 @@ def test_a_killed_rank_costs_nothing(
 def test_nan_on_one_rank_stops_all_together(
     corpus: Path, tmp_path: Path, distributed: Callable[..., list[Any]]
 ) -> None:
-    run = checked_run(corpus, dp_shard=2)
-    outcomes = distributed(2, fit_ranks, run, tmp_path, Fault("nan", at=5, dp_rank=1))
+    parallel = {"dp_shard": 2}
+    outcomes = distributed(2, fit_ranks, corpus, parallel, tmp_path, "nan", 5, 1)
     assert len(set(outcomes)) == 1
     assert outcomes[0].startswith("NonFiniteLoss: the loss is not finite in step 5; it arose on data rank 1.")
     assert store.find_latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000004"
