@@ -121,11 +121,11 @@ class BatchLoader:
         """Continues where the state was taken, on any number of ranks and with any batch size.
 
         Raises ValueError if the sources or their weights differ from those of the state: with others,
-        samples would be repeated and left out.
+        samples would be repeated and left out. A source may have been moved (a new name in the old place).
         """
         total, saved = int(state["total"]), state["consumed"]
         expected = self.dataset.consumed(total)
-        if saved != expected:
+        if not _same_sources(saved, expected):
             raise ValueError(
                 f"the checkpoint had consumed {saved} of data.sources, which by the present names and "
                 f"weights would be {expected}; restore data.sources, or start a new run"
@@ -151,6 +151,13 @@ class BatchLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _same_sources(saved: dict[str, int], expected: dict[str, int]) -> bool:
+    """Equal counts place by place, and no name that both know in another place."""
+    return list(saved.values()) == list(expected.values()) and all(
+        before == now or (before not in expected and now not in saved) for before, now in zip(saved, expected)
+    )
 
 
 def open_training(config: DataConfig, seed: int, vocab_size: int | None = None) -> PackedDataset:

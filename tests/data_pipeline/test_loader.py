@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,19 @@ def test_other_weights_do_not_resume(dataset: PackedDataset) -> None:
     changed = PackedDataset([SourceConfig(path=path) for path in paths], 5, seed=1)
     with pytest.raises(ValueError, match=r"had consumed .* restore data.sources"):
         BatchLoader(changed, 8, 8).load_state_dict(state)
+
+
+def test_moved_sources_resume_and_swapped_ones_do_not(tmp_path: Path) -> None:
+    first, second = numbered(str(tmp_path), [50]), numbered(str(tmp_path), [70], first=1000)
+    state = BatchLoader(PackedDataset([first, second], 5, seed=1), 8, 8, consumed=48).state_dict()
+    state = json.loads(json.dumps(state))
+    moved = first.model_copy(update={"name": "elsewhere"})
+    loader = BatchLoader(PackedDataset([moved, second], 5, seed=1), 8, 8)
+    loader.load_state_dict(state)
+    assert loader.state_dict() == {"total": 48, "consumed": {"elsewhere": 24, second.path: 24}}
+    for sources in ([second, first], [first], [moved, first]):
+        with pytest.raises(ValueError, match=r"restore data.sources"):
+            BatchLoader(PackedDataset(sources, 5, seed=1), 8, 8).load_state_dict(state)
 
 
 @pytest.mark.parametrize(("batch", "micro", "ranks"), [(8, 3, 1), (8, 2, 3), (8, 8, 2), (2, 1, 4)])

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,13 @@ def test_leftovers_of_a_killed_build_are_removed(text_files: Path, tmp_path: Pat
     (tmp_path / ".out.building-killed").mkdir()
     build(tmp_path / "out", text_files)
     assert {path.name for path in tmp_path.iterdir()} == {"texts", "out", ".out.lock"}
+
+
+def test_two_builders_of_one_corpus_build_it_once(text_files: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        reports = list(threads.map(lambda _: build(tmp_path / "out", text_files), range(2)))
+    assert sorted(report.reused for report in reports) == [False, True]
+    assert reports[0].manifest == reports[1].manifest
 
 
 def test_input_that_changes_under_the_builder_is_refused(
