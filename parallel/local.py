@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection, forkserver
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -169,14 +170,18 @@ def _raise_from(report: _Report) -> None:
 def _rank_main(rank: int, pickled_call: bytes, sender: Any) -> None:
     """Body of one rank's process."""
     call: _Call = pickle.loads(pickled_call)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    # Whatever collective this rank waits in, it ends when the caller is gone.
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
     try:
         result = pickle.dumps(_run(rank, call))
         report = _Report(rank, time.monotonic(), result)
     except BaseException as error:
         report = _Report(rank, time.monotonic(), None, _pickled(error), traceback.format_exc())
+    sys.stdout.flush()
+    sys.stderr.flush()
     sender.send_bytes(pickle.dumps(report))
-    sender.close()
+    # A rank that ended now would close connections that slower ranks still make: the caller ends all at once.
+    _wait_for_parent()
 
 
 def _run(rank: int, call: _Call) -> Any:
@@ -202,21 +207,44 @@ def _run(rank: int, call: _Call) -> Any:
 
 
 def _module(call: _Call) -> ModuleType:
-    """The function's module, by name, or from its file (test modules are not always importable by name)."""
+    """The function's module, by name. Test modules are not always importable so: then the folder that the
+    name starts from is found from the file, or the file alone is loaded."""
+    if call.file is not None and not _is_importable(call.module, call.file):
+        root = _import_root(call.module, call.file)
+        if root is None:
+            return _load_file(call.module, call.file)
+        if root not in sys.path:
+            sys.path.append(root)
+    return importlib.import_module(call.module)
+
+
+def _is_importable(module: str, file: str) -> bool:
     try:
-        module = importlib.import_module(call.module)
-        if call.file is None or getattr(module, "__file__", None) == call.file:
-            return module
-    except ModuleNotFoundError:
-        if call.file is None:
-            raise
-    assert call.file is not None, "a module found by another name has a file"
-    spec = importlib.util.spec_from_file_location(call.module, call.file)
-    assert spec is not None and spec.loader is not None, f"{call.file} is not a Python file"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[call.module] = module
-    spec.loader.exec_module(module)
-    return module
+        spec = importlib.util.find_spec(module)
+    except (ModuleNotFoundError, ValueError):
+        return False
+    return spec is not None and spec.origin == file
+
+
+def _import_root(module: str, file: str) -> str | None:
+    """The folder that must be on sys.path for `module` to be `file`, if there is one.
+
+    >>> _import_root("tests.parallel.training", "/repo/tests/parallel/training.py")
+    '/repo'
+    """
+    path = Path(file).with_suffix("")
+    path = path.parent if path.name == "__init__" else path
+    names = module.split(".")
+    return str(path.parents[len(names) - 1]) if path.parts[-len(names) :] == tuple(names) else None
+
+
+def _load_file(module: str, file: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(module, file)
+    assert spec is not None and spec.loader is not None, f"{file} is not a Python file"
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[module] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def _pickled(error: BaseException) -> bytes | None:
@@ -226,8 +254,8 @@ def _pickled(error: BaseException) -> bytes | None:
         return None
 
 
-def _die_with_parent() -> None:
-    """End this rank when the caller is gone, whatever collective it waits in."""
+def _wait_for_parent() -> None:
+    """Wait until the caller is gone, then end this rank."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "a rank is started by multiprocessing"
     connection.wait([parent.sentinel])
