@@ -268,6 +268,13 @@ class Session:
         self.load_state_dict(state)
         if self.group.rank == 0:
             log.info("resumed step %d from %s", self.step, directory)
+            if self.step >= self.run.train.steps:
+                log.warning(
+                    "nothing is left to do: %s has done %d steps and train.steps=%d; raise it to go on",
+                    directory,
+                    self.step,
+                    self.run.train.steps,
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but tensors that a checkpoint holds, as JSON values."""

@@ -61,8 +61,10 @@ def make_run(corpus: Path, **changes: dict[str, Any]) -> Run:
             "num_layers": 2,
             "pattern": "M*",
             "attention": {"num_heads": 2, "num_kv_heads": 2},
-            "mamba2": {"state_size": 4, "head_dim": 8, "num_groups": 2, "chunk_size": 8},
-            "ffn": {"intermediate_size": 16},
+            # One group is copied to both tensor-parallel ranks, two key-value heads are cut.
+            "mamba2": {"state_size": 4, "head_dim": 8, "num_groups": 1, "chunk_size": 8},
+            # Nine rows per tensor-parallel rank: data sharding cuts them unevenly.
+            "ffn": {"intermediate_size": 18},
         },
         "data": {
             "sources": [str(corpus / "train")],

@@ -266,6 +266,43 @@ def test_a_rank_killed_while_saving_commits_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000010"]
 
 
+def die_while_committing(root: Path, name: str, after: bool) -> None:
+    """Save step 10, then be killed before or after file `name` of step 20 is written."""
+    save_steps(root, [10])
+    real = store.write_text
+
+    def killed(path: Path, text: str) -> None:
+        if after or path.name != name:
+            real(path, text)
+        if path.name == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    store.write_text = killed
+    checkpointer = Checkpointer(root)
+    checkpointer.save(20, [rows(20)], {"step": 20})
+    checkpointer.wait()
+
+
+@pytest.mark.parametrize(
+    ("name", "after", "newest"),
+    [
+        ("COMMITTED", False, "step-00000010"),
+        ("COMMITTED", True, "step-00000010"),
+        ("latest", False, "step-00000020"),
+    ],
+)
+def test_a_kill_while_committing_leaves_one_or_the_other(
+    tmp_path: Path, distributed: Callable[..., list[Any]], name: str, after: bool, newest: str
+) -> None:
+    with pytest.raises(RuntimeError):
+        distributed(1, die_while_committing, tmp_path, name, after)
+    found = store.find_latest(tmp_path)
+    assert found == tmp_path / newest
+    assert torch.equal(read(found), rows(float(newest[-2:])).tensor)
+    save_steps(tmp_path, [30])
+    assert not list(tmp_path.glob(".*"))
+
+
 def find_as_group(root: Path) -> str:
     from triptych.training.group import Group
 
