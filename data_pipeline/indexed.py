@@ -201,7 +201,7 @@ class IndexedWriter:
             raise ValueError(
                 f"a document of {lengths.max()} tokens does not fit the format of {self.path}.idx; cut it"
             )
-        flat.astype(self.dtype.newbyteorder("<"), copy=False).tofile(self._bin)
+        self._bin.write(flat.astype(self.dtype.newbyteorder("<")).data)
         self._lengths.append(np.asarray(lengths, dtype=np.int32))
         self.num_documents += len(lengths)
         self.num_tokens += len(flat)

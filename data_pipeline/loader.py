@@ -90,8 +90,6 @@ class BatchLoader:
         self.consumed += self.global_batch_size
         return batch
 
-    next = __next__
-
     def _read(self, consumed: int) -> list[MicroBatch]:
         first = consumed + self._offset
         return [

@@ -139,21 +139,11 @@ def cut_units(files: list[InputFile], parquet_column: str) -> tuple[list[Unit], 
     """
     units: list[Unit] = []
     bad: list[str] = []
-    batch: list[InputFile] = []
-
-    def flush() -> None:
-        if batch:
-            units.append(Unit("text", tuple(batch), 0, 0, sum(file.size for file in batch)))
-            batch.clear()
-
-    for file in files:
+    for batch in _batches(files):
+        file = batch[0]
         if file.kind == "text":
-            batch.append(file)
-            if sum(member.size for member in batch) >= _UNIT_BYTES:
-                flush()
-            continue
-        flush()
-        if file.kind == "jsonl":
+            units.append(Unit("text", tuple(batch), 0, 0, sum(member.size for member in batch)))
+        elif file.kind == "jsonl":
             for start in range(0, file.size, _UNIT_BYTES):
                 stop = min(start + _UNIT_BYTES, file.size)
                 units.append(Unit("jsonl", (file,), start, stop, stop - start))
@@ -162,8 +152,24 @@ def cut_units(files: list[InputFile], parquet_column: str) -> tuple[list[Unit], 
                 units += _cut_parquet(file, parquet_column)
             except OSError as error:
                 bad.append(f"{file.name}: {error}")
-    flush()
     return units, bad
+
+
+def _batches(files: list[InputFile]) -> Iterator[list[InputFile]]:
+    """Runs of text files that together make a unit; every other file alone."""
+    batch: list[InputFile] = []
+    size = 0
+    for file in files:
+        if batch and (file.kind != "text" or size >= _UNIT_BYTES):
+            yield batch
+            batch, size = [], 0
+        if file.kind == "text":
+            batch.append(file)
+            size += file.size
+        else:
+            yield [file]
+    if batch:
+        yield batch
 
 
 def read_unit(unit: Unit, jsonl_key: str, parquet_column: str) -> Documents:

@@ -15,6 +15,7 @@ The hash is taken over the content, so copies of a document fall on the same sid
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import tempfile
 import time
@@ -43,7 +44,7 @@ def build_text_corpus(options: TextCorpusOptions, progress: Progress | None = No
     report_progress = progress or (lambda stage, done, total: None)
     files = find_files(options.source, options.extensions)
     report_progress("scan", len(files), len(files))
-    out = Path(options.out)
+    out = Path(os.path.abspath(options.out))
     out.parent.mkdir(parents=True, exist_ok=True)
     with _only_builder(out):
         wanted = _fingerprint(options, files)
@@ -114,8 +115,9 @@ def _only_builder(out: Path) -> Iterator[None]:
     with open(lock, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         # Whoever made these holds no lock any more: it was killed.
-        for leftover in out.parent.glob(_temporary_prefix(out) + "*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for neighbour in out.parent.iterdir():
+            if neighbour.name.startswith(_temporary_prefix(out)):
+                shutil.rmtree(neighbour, ignore_errors=True)
         yield
 
 

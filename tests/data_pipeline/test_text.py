@@ -254,9 +254,9 @@ def test_a_failed_build_leaves_things_as_they_were(
 
 
 def test_leftovers_of_a_killed_build_are_removed(text_files: Path, tmp_path: Path) -> None:
-    (tmp_path / ".out.building-killed").mkdir()
-    build(tmp_path / "out", text_files)
-    assert {path.name for path in tmp_path.iterdir()} == {"texts", "out", ".out.lock"}
+    (tmp_path / ".out[1].building-killed").mkdir()
+    build(tmp_path / "out[1]", text_files)
+    assert {path.name for path in tmp_path.iterdir()} == {"texts", "out[1]", ".out[1].lock"}
 
 
 def test_two_builders_of_one_corpus_build_it_once(text_files: Path, tmp_path: Path) -> None:
