@@ -209,12 +209,13 @@ def _run(rank: int, call: _Call) -> Any:
 def _module(call: _Call) -> ModuleType:
     """The function's module, by name. Test modules are not always importable so: then the folder that the
     name starts from is found from the file, or the file alone is loaded."""
-    if call.file is not None and not _is_importable(call.module, call.file):
-        root = _import_root(call.module, call.file)
-        if root is None:
-            return _load_file(call.module, call.file)
-        if root not in sys.path:
-            sys.path.append(root)
+    file = call.file
+    if call.module in sys.modules or file is None or _is_importable(call.module, file):
+        return importlib.import_module(call.module)
+    root = _import_root(call.module, file)
+    if root is None:
+        return _load_file(call.module, file)
+    sys.path.append(root)
     return importlib.import_module(call.module)
 
 
