@@ -7,11 +7,9 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from triptych.launcher.errors import (
     BAD_INPUT,
@@ -365,23 +363,20 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def main() -> None:
-    """Run the command line and leave with its exit code; tracebacks are for our own defects and --debug."""
-    arguments = sys.argv[1:]
+    """The `triptych` command."""
+    sys.exit(execute(sys.argv[1:]))
+
+
+def execute(arguments: list[str]) -> int:
+    """Run one command line and tell its error in the way it deserves; returns the exit code.
+
+    Bad input and failed runs get a message; a traceback is for our own defects, and for --debug.
+    """
     debug = "--debug" in arguments or os.environ.get("TRIPTYCH_DEBUG", "0") not in ("", "0")
-    sys.exit(
-        _guarded(lambda: app([word for word in arguments if word != "--debug"], standalone_mode=False), debug)
-    )
-
-
-def _guarded(command: Callable[[], Any], debug: bool) -> int:
-    """The exit code of `command`, its error told in the way it deserves."""
     try:
-        code = command()
+        code = app([word for word in arguments if word != "--debug"], standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except click.ClickException as error:
-        error.show()
-        return BAD_INPUT
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         typer.echo("stopped by Ctrl-C", err=True)
         return INTERRUPTED
     except Terminated:
@@ -391,17 +386,25 @@ def _guarded(command: Callable[[], Any], debug: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-            _to_stderr(getattr(error, "details", ""))
-        elif is_meant(error):
-            typer.echo(f"error: {error}", err=True)
-        else:
-            traceback.print_exc()
-            typer.echo(
-                "error: this is a defect of triptych, or of something below it; see the traceback", err=True
-            )
+        if hasattr(
+            error, "show"
+        ):  # click's usage errors; typer carries its own click or imports it, by version
+            error.show()
+            return BAD_INPUT
+        _tell(error, debug)
         return exit_code(error)
+
+
+def _tell(error: Exception, debug: bool) -> None:
+    if debug or not is_meant(error):
+        traceback.print_exc()
+        typer.echo(getattr(error, "details", ""), err=True)
+    if is_meant(error):
+        typer.echo(f"error: {error}", err=True)
+    else:
+        typer.echo(
+            "error: this is a defect of triptych, or of something below it; see the traceback", err=True
+        )
 
 
 if __name__ == "__main__":

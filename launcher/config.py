@@ -109,7 +109,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def validate(values: Mapping[str, Any], *, source: str, overridden: Sequence[str] = ()) -> RunConfig:
-    """A RunConfig from plain values; `source` and `overridden` tell where keys are from. Raises ConfigError."""
+    """A RunConfig from plain values. Raises ConfigError, its lines headed by `source` unless `overridden`."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:

@@ -134,18 +134,19 @@ def _trainer(config: RunConfig, directory: RunDir) -> TorchTrainer:
     capacities = node_capacities(needs, [node for node in ray.nodes() if node["Alive"]])
     nodes = place(capacities, config.parallel.world_size, config.parallel.tp, needs)
     check_free(needs, config.parallel.world_size, ray.available_resources())
+    train_api: Any = ray.train  # its annotations are those of Ray Train v1; v2 is what runs
     selector = [{"ray.io/node-id": node} for node in nodes] if len(capacities) > 1 else None
     return (_Trainer if address(config) is None else TorchTrainer)(
         _ray_worker,
         train_loop_config={"config": config.to_dict(), "run_dir": str(directory.path), "cwd": os.getcwd()},
         torch_config=TorchConfig(timeout_s=int(cluster.collective_timeout)),
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=train_api.ScalingConfig(
             num_workers=config.parallel.world_size,
             use_gpu="GPU" in needs,
             resources_per_worker=dict(needs),
             label_selector=selector,
         ),
-        run_config=ray.train.RunConfig(
+        run_config=train_api.RunConfig(
             name="ray",
             storage_path=str(directory.path),
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
@@ -309,7 +310,8 @@ def check_free(needs: Mapping[str, float], workers: int, available: Mapping[str,
     """Raises ValueError when others hold what the workers need: it would wait for them without a word."""
     for name, amount in needs.items():
         if workers * amount > available.get(name, 0) + 1e-6:
+            free = available.get(name, 0)
             raise ValueError(
-                f"{workers} workers need {workers * amount:g} {name}, but {available.get(name, 0):g} are free "
-                "in the cluster now; wait for the other jobs, or use fewer workers"
+                f"{workers} workers need {workers * amount:g} {name}, but {free:g} are free in the cluster "
+                "now; wait for the other jobs, or use fewer workers"
             )

@@ -176,8 +176,8 @@ def prepare(config: RunConfig, directory: RunDir) -> list[str]:
     changed: list[str] = []
     if directory.config_file.exists():
         before = directory.config_file.read_text(encoding="utf-8")
-        if before != config.to_yaml():
-            changed = _changed_keys(directory.config_file, config)
+        changed = _changed_keys(directory.config_file, config)
+        if changed:
             number = len(list(directory.path.glob("config-*.yaml"))) + 1
             (directory.path / f"config-{number}.yaml").write_text(before, encoding="utf-8")
     _write(directory.config_file, config.to_yaml())
