@@ -31,6 +31,7 @@ class ParallelModel:
         self.mesh = mesh
         self.device = device
         self.pipeline = pipeline
+        self._tp = mesh["tp"]
         self.is_last_stage = pipeline is None or pipeline.is_last
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -97,10 +98,10 @@ class ParallelModel:
             return
         locals_ = [local_part(parameter.grad) for parameter in partial]
         buffer = torch.cat([local.flatten() for local in locals_])
-        dist.all_reduce(buffer, group=self.mesh["tp"].get_group())
+        dist.all_reduce(buffer, group=self._tp.get_group())
         for parameter, flat in zip(partial, buffer.split([local.numel() for local in locals_])):
             reduced = flat.view(parameter.shape)
-            parameter.grad = DTensor.from_local(reduced, self.mesh["tp"], [Replicate()], run_check=False)
+            parameter.grad = DTensor.from_local(reduced, self._tp, [Replicate()], run_check=False)
 
     def grad_norm(self) -> torch.Tensor:
         """The L2 norm of the whole gradient, float64, on every rank; each element counts once."""
@@ -135,7 +136,7 @@ class ParallelModel:
 
         Sums over micro-batches become those of the global batch. What other stages pass is ignored.
         """
-        counts = self.is_last_stage and self.mesh["tp"].get_local_rank() == 0
+        counts = self.is_last_stage and self._tp.get_local_rank() == 0
         total = x.detach().clone() if counts else torch.zeros_like(x)
         dist.all_reduce(total)
         return total

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -50,33 +51,36 @@ def window(parameter: torch.Tensor) -> Window:
     shard (tp and dp_shard both cut dim 0) is therefore contiguous in the whole.
     """
     offset, shape = [0] * parameter.ndim, list(parameter.shape)
-    if isinstance(parameter, DTensor):
-        for axis, placement in reversed(list(_axes(parameter))):
-            if not placement.is_shard() and not hasattr(placement, "split_factor"):
-                continue
-            dim = placement.dim
-            degree = parameter.device_mesh[axis].size()
-            rank = parameter.device_mesh.get_local_rank(axis)
-            part = -(-shape[dim] // degree)
-            start = min(rank * part, shape[dim])
-            offset[dim] += start
-            shape[dim] = min(part, shape[dim] - start)
+    for cut in reversed(_cuts(parameter)):
+        if cut.dim is None:
+            continue
+        part = -(-shape[cut.dim] // cut.degree)
+        start = min(cut.rank * part, shape[cut.dim])
+        offset[cut.dim] += start
+        shape[cut.dim] = min(part, shape[cut.dim] - start)
     return Window(tuple(offset), tuple(shape), tuple(parameter.shape))
 
 
 def is_writer(parameter: torch.Tensor) -> bool:
     """Whether this rank, of those that hold the same elements, is the first."""
+    return all(cut.dim is not None or cut.rank == 0 for cut in _cuts(parameter))
+
+
+class _Cut(NamedTuple):
+    """What one axis of the mesh does to a parameter: cut dim `dim`, or copy (None)."""
+
+    dim: int | None
+    degree: int
+    rank: int
+
+
+def _cuts(parameter: torch.Tensor) -> list[_Cut]:
+    """Per axis, outermost first; none for a tensor of this rank alone."""
     if not isinstance(parameter, DTensor):
-        return True
-    return all(
-        placement.is_shard()
-        or hasattr(placement, "split_factor")
-        or parameter.device_mesh.get_local_rank(axis) == 0
-        for axis, placement in _axes(parameter)
-    )
-
-
-def _axes(parameter: DTensor) -> list[tuple[str, Shard]]:
-    names = parameter.device_mesh.mesh_dim_names
-    assert names is not None, "build_mesh names its axes"
-    return list(zip(names, parameter.placements))  # type: ignore[arg-type]
+        return []
+    mesh = parameter.device_mesh
+    place = mesh.get_coordinate()
+    assert place is not None, "a rank holds parameters of its own mesh only"
+    # FSDP2's strided shard is no Shard in every release; like one, it has a dim.
+    dims = [getattr(placement, "dim", None) for placement in parameter.placements]
+    return [_Cut(dim, mesh.size(axis), place[axis]) for axis, dim in enumerate(dims)]
