@@ -21,23 +21,22 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
         )
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be int32 or int64, it is {cu_seqlens.dtype}; use cu_seqlens.int()")
-    if cu_seqlens.device.type != "cpu":
-        # Reading the values would stall the device's queue, and on meta tensors there are none.
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        # Reading the values would stall the device's queue; meta and traced tensors have none.
         return
-    bounds = cu_seqlens.long()
-    if int(bounds[0]) != 0 or int(bounds[-1]) != batch * length:
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != batch * length:
         raise ValueError(
             f"cu_seqlens must start at 0 and end at B*T = {batch}*{length} = {batch * length}; "
-            f"it starts at {int(bounds[0])} and ends at {int(bounds[-1])}"
+            f"it starts at {bounds[0]} and ends at {bounds[-1]}"
         )
-    if not bool((bounds[1:] > bounds[:-1]).all()):
+    if any(start >= end for start, end in itertools.pairwise(bounds)):
         raise ValueError("cu_seqlens must increase strictly: a document without tokens has to be left out")
-    row_ends = torch.arange(1, batch + 1) * length
-    missing = row_ends[~torch.isin(row_ends, bounds)]
-    if missing.numel():
+    missing = set(range(length, batch * length, length)).difference(bounds)
+    if missing:
         raise ValueError(
             f"cu_seqlens must contain every multiple of T={length}, since a document never crosses a row; "
-            f"{int(missing[0])} is missing"
+            f"{min(missing)} is missing"
         )
 
 

@@ -13,6 +13,7 @@ the state alone.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ from triptych.kernels.library import statistics_dtype
 # Elements of the (L, L) decay matrices that exist at a time: bounds memory, and keeps them in a CPU's cache.
 TILE_ELEMENTS = {"cpu": 1 << 19}
 TILE_ELEMENTS_ELSEWHERE = 1 << 26
+# How far in logarithm below the smallest normal number every exponential is 0, subnormal numbers included.
+VANISHED = 40.0
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
@@ -41,13 +44,13 @@ class Chunks:
     dt: Tensor  # (K, L, G, R)
     b: Tensor  # (K*G, L, N), in the matmul dtype
     c: Tensor  # (K*G, L, N), in the matmul dtype
-    cumulative: Tensor  # q: (K, G, R, L)
+    cumulative: Tensor  # q: (K, G, R, L), in fp64
     from_start: (
         Tensor  # (K, L, G, R): decay from the state before the chunk to each token, 0 across documents
     )
     to_end: Tensor  # (K, L, G, R): decay from each token to the end of the chunk
     through: Tensor  # (B, C, H): decay of the whole chunk
-    hidden: Tensor  # (1 or K, L, L) bool: pairs i, j that do not see each other
+    mask: Tensor  # (1 or K, L, L): -inf where i does not see j, else 0
     matmul_dtype: torch.dtype
 
     @property
@@ -86,10 +89,11 @@ class Chunks:
     def decays(self, tile: slice) -> Tensor:
         """exp(q[i] - q[j]) for j <= i of one document, else 0: (tile, G, R, L, L)."""
         q = self.cumulative[tile]
-        hidden = self.hidden if self.hidden.shape[0] == 1 else self.hidden[tile]
-        difference = q.unsqueeze(-1) - q.unsqueeze(-2)
+        mask = self.mask if self.mask.shape[0] == 1 else self.mask[tile]
+        difference = torch.empty(*q.shape, q.shape[-1], dtype=self.dtype, device=q.device)
+        torch.sub(q.unsqueeze(-1), q.unsqueeze(-2), out=difference)
         # Masked before the exponential: above the diagonal it would overflow.
-        return difference.masked_fill_(hidden[:, None, None], float("-inf")).exp_()
+        return difference.add_(mask[:, None, None]).exp_()
 
     def scores(self, tile: slice) -> Tensor:
         """c[i].b[j]: (tile, G, 1, L, L), once per group."""
@@ -116,32 +120,35 @@ def cut(
     padding = -length % size
     x, dt, b, c = (pad_time(y, padding) for y in (x, dt.to(dtype), b, c))
     shape = (batch * ((length + padding) // size), size)
-    q = (dt * a.to(dtype)).view(*shape, groups, -1).permute(0, 2, 3, 1).cumsum(-1)  # (K, G, R, L)
+    # A step whose decay is 0 in this dtype may as well be the mildest such: the sums' rounding stays bounded.
+    log_decay = (dt * a.to(dtype)).clamp_min_(math.log(torch.finfo(dtype).smallest_normal) - VANISHED)
+    # Summed in fp64: in fp32 a difference of two sums is off by 1e-7 of the sums, whatever its own size.
+    q = log_decay.reshape(*shape, groups, -1).permute(0, 2, 3, 1).double().cumsum(-1)  # (K, G, R, L)
     by_token = q.permute(0, 3, 1, 2)
     last = by_token[:, -1:]
-    from_start, to_end = by_token.exp(), (last - by_token).exp()
-    through = last.exp().view(batch, -1, heads)
+    from_start, to_end = by_token.exp().to(dtype), (last - by_token).exp().to(dtype)
+    through = last.exp().to(dtype).reshape(batch, -1, heads)
     order = torch.arange(size, device=x.device)
     hidden = (order.unsqueeze(1) < order).unsqueeze(0)
     if segments is not None:
-        ids = torch.cat([segments, segments[:, -1:].expand(-1, padding)], dim=1).view(batch, -1, size)
+        ids = torch.cat([segments, segments[:, -1:].expand(-1, padding)], dim=1).reshape(batch, -1, size)
         before = torch.cat(
             [ids[:, :1, :1], ids[:, :-1, -1:]], dim=1
         )  # document of the token before the chunk
         through = through * (ids[:, :, -1:] == before)
         from_start = from_start * (ids == before).view(*shape, 1, 1)
         to_end = to_end * (ids == ids[:, :, -1:]).view(*shape, 1, 1)
-        ids = ids.view(shape)
+        ids = ids.reshape(shape)
         hidden = hidden | (ids.unsqueeze(1) != ids.unsqueeze(2))
     return Chunks(
-        x=x.view(*shape, groups, heads // groups, -1),
-        dt=dt.view(*shape, groups, -1),
-        b=b.to(matmul_dtype).view(*shape, groups, -1).transpose(1, 2).flatten(0, 1),
-        c=c.to(matmul_dtype).view(*shape, groups, -1).transpose(1, 2).flatten(0, 1),
+        x=x.reshape(*shape, groups, heads // groups, -1),
+        dt=dt.reshape(*shape, groups, -1),
+        b=b.to(matmul_dtype).reshape(*shape, groups, -1).transpose(1, 2).flatten(0, 1),
+        c=c.to(matmul_dtype).reshape(*shape, groups, -1).transpose(1, 2).flatten(0, 1),
         cumulative=q,
         from_start=from_start,
         to_end=to_end,
         through=through,
-        hidden=hidden,
+        mask=torch.zeros(hidden.shape, dtype=dtype, device=x.device).masked_fill_(hidden, float("-inf")),
         matmul_dtype=matmul_dtype,
     )

@@ -75,7 +75,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of x, dt, a, b, c, d and the initial state, from those of y and the final state."""
     s = cut(x, dt, a, b, c, segments, chunk_size)
-    dy_ = pad_time(dy, -x.shape[1] % s.x.shape[1]).view(s.x.shape)
+    dy_ = pad_time(dy, -x.shape[1] % s.x.shape[1]).reshape(s.x.shape)
     dy_decayed = s.grouped(dy_, s.from_start)  # (K*G, L, R*P)
     from_outputs = s.mm(dy_decayed.transpose(1, 2), s.c).view(states.shape)
     dstates = torch.empty_like(states)  # of the state after each chunk
@@ -91,7 +91,8 @@ def backward(
     for tile in s.tiles():
         grads.carried(tile, dy_decayed, states.view(flat), dstates.view(flat))
         grads.inside(tile, dy_, d)
-    dlog = grads.dq.flip(-1).cumsum(-1).flip(-1).permute(0, 3, 1, 2)  # (K, L, G, R), of dt * a
+    # Of the log decay dt * a: it is part of q from its own token on.
+    dlog = grads.dq.flip(-1).cumsum(-1).flip(-1).to(s.dtype).permute(0, 3, 1, 2)  # (K, L, G, R)
     ddt = grads.ddt + dlog * a.to(s.dtype).view(dlog.shape[2:])
     da = (dlog * s.dt).sum((0, 1)).flatten().to(a.dtype)
     dd = None if d is None else (dy_ * s.x).sum((0, 1, 4), dtype=s.dtype).flatten().to(d.dtype)
@@ -105,11 +106,11 @@ class _Gradients:
     def __init__(self, s: Chunks, state_size: int) -> None:
         self.s = s
         shape, options = s.x.shape, {"dtype": s.dtype, "device": s.x.device}
-        self.dx = torch.empty(
-            shape, **options
-        )  # (K, L, G, R, P); first of xdt as far as it reaches later chunks
+        # First of xdt as far as it reaches later chunks, then of x.
+        self.dx = torch.empty(shape, **options)  # (K, L, G, R, P)
         self.ddt = torch.empty(shape[:4], **options)
-        self.dq = torch.zeros(s.cumulative.shape, **options)  # (K, G, R, L)
+        # In fp64: what a token adds here and takes away there must cancel in the sums over tokens.
+        self.dq = torch.zeros_like(s.cumulative)  # (K, G, R, L)
         self.db = torch.empty(s.b.shape[0], shape[1], state_size, **options)  # (K*G, L, N)
         self.dc = torch.empty_like(self.db)
 
@@ -125,11 +126,10 @@ class _Gradients:
         self.db[rows] = s.mm(s.grouped(s.x[tile], s.to_end[tile] * s.dt[tile]), dafter)
         dxdt = s.mm(s.b[rows], dafter.transpose(1, 2)).view(-1, groups, length, repeats, dim).transpose(1, 2)
         torch.mul(dxdt, s.to_end[tile].unsqueeze(-1), out=self.dx[tile])
-        to_end = (self.dx[tile] * s.x[tile]).sum(-1)
-        self.ddt[tile] = to_end
-        dq = dq.sub_((to_end * s.dt[tile]).permute(0, 2, 3, 1))
-        self.dq[tile] += dq
-        self.dq[tile][..., -1] += (to_end * s.dt[tile]).sum(1)
+        self.ddt[tile] = (self.dx[tile] * s.x[tile]).sum(-1)
+        to_end = (self.ddt[tile] * s.dt[tile]).permute(0, 2, 3, 1).double()
+        self.dq[tile] += dq - to_end
+        self.dq[tile][..., -1] += to_end.sum(-1)
 
     def inside(self, tile: slice, dy: Tensor, d: Tensor | None) -> None:
         """Through the (L, L) weights of each chunk; completes dx and ddt."""
@@ -146,7 +146,7 @@ class _Gradients:
         # exp(q[i] - q[j]) weighs each product: row sums go to q[i], column sums to q[j]. On the diagonal they
         # cancel, exactly only if left out.
         dweights.mul_(scores).diagonal(dim1=-2, dim2=-1).zero_()
-        self.dq[tile] += dweights.sum(-1).sub_(dweights.sum(-2))
+        self.dq[tile] += dweights.sum(-1, dtype=torch.float64).sub_(dweights.sum(-2, dtype=torch.float64))
         weights = decays.mul_(scores).view(-1, length, length)
         dxdt = (
             s.mm(weights.transpose(1, 2), dy_heads)
