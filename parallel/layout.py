@@ -147,8 +147,8 @@ def _check_tables(model: nn.Module, tp: int) -> None:
             continue
         dim = cut_dim(cut, tp)
         if dim is not None:
-            size = parameters[name].shape[dim]
-            _require_divides(tp, f"dimension {dim} of {name}, that is", size)
+            key = "model.ffn.intermediate_size" if ".ffn." in name else f"dimension {dim} of {name}"
+            _require_divides(tp, key, parameters[name].shape[dim])
         elif cut.count is not None:
             _require_groups(tp, f"the number of {cut.kind} of {name}", cut.count, cut.count * tp)
 

@@ -90,7 +90,7 @@ def run_local(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
         timeout=timeout,
         environment=dict(os.environ),
     )
-    context = _server()
+    context = _server(fn.__module__)
     processes, receivers = [], []
     try:
         for rank in range(world_size):
@@ -111,10 +111,11 @@ def run_local(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
     return [pickle.loads(report.result or b"") for report in reports]
 
 
-def _server() -> Any:
-    """The forkserver context, with the server running (its imports happen once per calling process)."""
+def _server(module: str) -> Any:
+    """The forkserver context, with the server running. Its imports, and that of the first function's
+    `module`, happen once per calling process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    context.set_forkserver_preload([*PRELOADED, module])
     # The server must not own a thread pool: it is forked from.
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -27,6 +27,8 @@ def cut_stages(config: ModelConfig, num_stages: int, seq_len: int) -> list[range
 
     The cost is forward FLOPs from the real shapes; the head's count for the last stage.
     """
+    if num_stages == 1:
+        return [range(config.num_layers)]
     model = build_on_meta(config)
     assert model.head is not None, "a whole model has a head"
     costs = [float(block.flops(seq_len)) for block in model.blocks.values()]
@@ -150,12 +152,13 @@ class Pipeline:
 
 def _joined(micro_batches: list[MicroBatch], name: str) -> torch.Tensor | None:
     """(M * B, ...), which the schedule splits into M again; None where no micro-batch has it."""
-    values = [batch.get(name) for batch in micro_batches]
+    values: list[Any] = [batch.get(name) for batch in micro_batches]
     if all(value is None for value in values):
         return None
-    # Without ids each row is one document, which equal ids say as well.
-    filled = [
-        torch.zeros_like(batch["tokens"]) if value is None else value
-        for batch, value in zip(micro_batches, values)
-    ]
-    return torch.cat(filled)
+    if name == "document_ids":
+        # Without ids each row is one document, which equal ids say as well.
+        tokens = [batch["tokens"] for batch in micro_batches]
+        values = [torch.zeros_like(t) if value is None else value for t, value in zip(tokens, values)]
+    missing = [place for place, value in enumerate(values) if value is None]
+    assert not missing, f"micro-batches {missing} have no {name}, and others have"
+    return torch.cat(values)

@@ -44,7 +44,7 @@ ILLEGAL: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "intermediate size": (
         {"parallel": {"tp": 4}, "ffn": {"intermediate_size": 30}},
-        r"tp=4 does not divide dimension 0 of blocks\.0\.ffn\.\w+_proj\.\w+, that is=30; use 1, 2, 3, 5, 6",
+        r"parallel\.tp=4 does not divide model\.ffn\.intermediate_size=30; use 1, 2, 3, 5, 6, 10, 15 or 30",
     ),
     "sequence": (
         {"parallel": {"tp": 4}, "seq_len": 18},

@@ -88,6 +88,13 @@ def test_layout_changes_nothing(layout: str, distributed: Distributed) -> None:
     assert seen["writers"], "the writers' parts are not each element once"
 
 
+def test_micro_batches_without_documents(distributed: Distributed) -> None:
+    alone = distributed(1, training.without_documents, config("untied"), ParallelConfig())[0]
+    for losses in distributed(2, training.without_documents, config("untied"), ParallelConfig(pp=2)):
+        assert losses == pytest.approx(alone, rel=TOLERANCE)
+    assert alone["all"] != pytest.approx(alone["first"], rel=TOLERANCE)
+
+
 def test_difference_is_noticed() -> None:
     """The comparison itself: one element of one gradient is enough."""
     expected = reference("untied")

@@ -105,6 +105,19 @@ def parallel_model(
     )
 
 
+def without_documents(config: ModelConfig, parallel: ParallelConfig) -> dict[str, float]:
+    """Loss of a step in which some or all micro-batches have no document_ids."""
+    model = parallel_model(config, parallel, micro_batch_size=6)
+    loss_fn = loss_function(1)
+    losses = {}
+    for which in ("all", "first"):
+        batches = local_micro_batches(model.layout, 0, 6)
+        for batch in batches if which == "all" else batches[:1]:
+            batch["document_ids"] = None  # type: ignore[assignment]
+        losses[which] = float(model.sum_over_data(model.forward_backward(batches, loss_fn)))
+    return losses
+
+
 def local_micro_batches(layout: Layout, step: int, micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
     """This rank's part of the global batch, cut into micro-batches."""
     per_rank = GLOBAL_BATCH // layout.dp_size
