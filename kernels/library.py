@@ -21,12 +21,13 @@ def without_autocast(function: F) -> F:
     """
 
     @functools.wraps(function)
-    def wrapped(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        first: Tensor = args[0] if args else next(iter(kwargs.values()))
         device_type = first.device.type
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
-                return function(first, *args, **kwargs)
-        return function(first, *args, **kwargs)
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
 

@@ -24,28 +24,28 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def run_with_gradients(function: Callable[..., Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Outputs, and the gradients of every floating input under a fixed random cotangent."""
+    """Outputs, and the gradients of every floating input under a random cotangent; empty ones left out."""
     leaves = {k: v.detach().clone().requires_grad_(v.is_floating_point()) for k, v in inputs.items()}
     result = function(**leaves)
-    outputs = [y for y in (result if isinstance(result, tuple) else (result,)) if y is not None]
+    outputs = [y for y in (result if isinstance(result, tuple) else (result,)) if y is not None and y.numel()]
     generator = torch.Generator().manual_seed(1)
     torch.autograd.backward(
         outputs, [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in outputs]
     )
     found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    found |= {f"gradient of {k}": v.grad for k, v in leaves.items() if v.is_floating_point()}
+    found |= {f"gradient of {k}": v.grad for k, v in leaves.items() if v.requires_grad and v.numel()}
     missing = [k for k, v in found.items() if v is None]
     assert not missing, f"no value for {missing}"
     return found
 
 
 def errors_between(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Largest difference relative to the largest expected value, by name; NaN counts as infinite."""
+    """Largest difference relative to the largest expected value (to 1 if that is 0); NaN is infinite."""
     assert found.keys() == expected.keys()
     errors = {}
     for name, value in found.items():
         assert value.shape == expected[name].shape, f"{name}: {value.shape} is not {expected[name].shape}"
-        scale = expected[name].double().abs().max().clamp_min(1e-30)
+        scale = float(expected[name].double().abs().max()) or 1.0
         error = (value.double() - expected[name].double()).abs().max() / scale
         errors[name] = float(error.nan_to_num(nan=float("inf")))
     return errors
