@@ -1,8 +1,8 @@
 """What backward needs of one block in 16-bit precision, term by term, as arithmetic on its sizes.
 
-s tokens of a sequence, b sequences of a micro-batch, h hidden size, a attention heads, i inner channels and H heads of
-Mamba-2, G groups, N state, q tokens of a chunk, t tensor-parallel degree; r = t with sequence parallelism, else 1;
-g = max(G / t, 1) groups on a rank.
+s tokens of a sequence, b sequences of a micro-batch, h hidden size, a attention heads, i inner channels and H
+heads of Mamba-2, G groups, N state, q tokens of a chunk, t tensor-parallel degree; r = t with sequence
+parallelism, else 1; g = max(G / t, 1) groups on a rank.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def mamba2_block(
         "num_layers": 1,
         "pattern": ["mamba2+none"],
         "mamba2": {
-            "head_dim": head_dim, "state_size": state_size, "num_groups": num_groups, "chunk_size": chunk_size,
+            "head_dim": head_dim, "state_size": state_size,
+            "num_groups": num_groups, "chunk_size": chunk_size,
         },
     })  # fmt: skip
     return Block("mamba2", model, batch, seq_len)

@@ -1,8 +1,9 @@
 """Bytes that autograd keeps for one block, per layout, against formulas: `triptych bench activations`.
 
-The attention + GELU block is held against the table of Korthikanti et al. 2022 (arXiv 2205.05198, table 2), the
-Mamba-2 block against a table of the same kind that is given here; docs/activations.md explains both. Whatever a
-formula does not have is listed by name, and formula and extras together are the measured bytes to the byte.
+The attention + GELU block is held against the table of Korthikanti et al. 2022 (arXiv 2205.05198, table 2),
+the Mamba-2 block against a table of the same kind that is given here; docs/activations.md explains both.
+Whatever a formula does not have is listed by name, and formula and extras together are the measured bytes to
+the byte.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ import torch.distributed as dist
 from rich.console import Group
 from rich.text import Text
 from torch.distributed.device_mesh import init_device_mesh
-
 from triptych.parallel.collectives import Axis
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.local import run_local
 from triptych.tools.activation_formulas import FORMULAS, Block, Term, attention_block, mamba2_block
-from triptych.tools.counting import StageSpec, count_stage, kept_by_stage
+from triptych.tools.counting import StageSpec, count_stage, count_stage_on
 from triptych.tools.kept import Kept, total_bytes
 from triptych.tools.render import table_of
 
@@ -90,14 +90,20 @@ class ActivationReport:
             parts.append(table_of(f"{_title(block)}: bytes kept for backward, bf16", columns, lines))
             terms = FORMULAS[block.name](block, ParallelConfig())
             lines = [[term.name, term.formula, f"{term.num_bytes:,}"] for term in terms]
-            parts.append(table_of(f"{block.name}: the formula, on one device", ["kept", "bytes", "here"], lines))
+            parts.append(
+                table_of(f"{block.name}: the formula, on one device", ["kept", "bytes", "here"], lines)
+            )
         return Group(*parts, Text(f"Counted {self.counted}."))
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON values."""
         rows = [asdict(row) | {"formula": row.formula} for row in self.rows]
         shapes = {
-            block.name: {"batch": block.batch, "seq_len": block.seq_len, "model": block.model.model_dump(mode="json")}
+            block.name: {
+                "batch": block.batch,
+                "seq_len": block.seq_len,
+                "model": block.model.model_dump(mode="json"),
+            }
             for block in self.blocks
         }
         return {"ok": self.ok, "counted": self.counted, "blocks": shapes, "rows": rows}
@@ -111,8 +117,8 @@ def activation_report(
 ) -> ActivationReport:
     """Measure an attention + GELU block and a Mamba-2 block in bf16 under each layout, against the formulas.
 
-    processes: count in real gloo processes, on small blocks, instead of on fake tensors of the size of published
-    models (the attention block is a layer of the paper's 22B model).
+    processes: count in real gloo processes, on small blocks, instead of on fake tensors of the size of
+    published models (the attention block is a layer of the paper's 22B model).
     Raises ValueError for a degree that does not divide the blocks' heads and groups.
     """
     blocks = small_blocks() if processes else published_blocks()
@@ -142,7 +148,9 @@ def small_blocks() -> list[Block]:
     """Blocks that four processes can run in no time."""
     return [
         attention_block(batch=2, seq_len=64, hidden_size=64, num_heads=4),
-        mamba2_block(batch=2, seq_len=64, hidden_size=64, head_dim=16, state_size=8, num_groups=4, chunk_size=16),
+        mamba2_block(
+            batch=2, seq_len=64, hidden_size=64, head_dim=16, state_size=8, num_groups=4, chunk_size=16
+        ),
     ]
 
 
@@ -168,7 +176,7 @@ def measure(block: Block, parallel: ParallelConfig, *, processes: bool) -> Activ
         assert len(totals) == 1, f"ranks keep different numbers of bytes: {sorted(totals)}"
         kept = ranks[0]
     else:
-        kept = count_stage(spec)
+        kept = count_stage(spec).kept
     terms = FORMULAS[block.name](block, parallel)
     return ActivationRow(
         block=block.name,
@@ -185,7 +193,7 @@ def measure(block: Block, parallel: ParallelConfig, *, processes: bool) -> Activ
 def count_on_rank(spec: StageSpec) -> list[Kept]:
     """Body of one real process."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
-    return kept_by_stage(spec, Axis.of(mesh))
+    return count_stage_on(spec, Axis.of(mesh)).kept
 
 
 def _extras(kept: Sequence[Kept], difference: int) -> list[Term]:

@@ -8,6 +8,9 @@ B batch, T length, H heads, P head dim, G groups, N state, V vocabulary, D hidde
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import json
 import resource
 import sys
@@ -36,7 +39,7 @@ class Program:
 
 
 def ssd_program(side: str, shape: dict[str, Any]) -> Program:
-    """Forward and backward of the scan on leaves drawn from one seed: x (B,T,H,P), dt (B,T,H), b and c (B,T,G,N)."""
+    """The scan on leaves drawn from one seed: x (B,T,H,P), dt (B,T,H), a and d (H,), b and c (B,T,G,N)."""
     size_b, size_t, heads = shape["batch"], shape["length"], shape["heads"]
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(size_b, size_t, heads, shape["head_dim"], generator=draw)
@@ -69,7 +72,7 @@ def our_scan() -> Callable[..., Tensor]:
     """The scan as the models call it."""
     from triptych.kernels import ssd
 
-    return lambda x, dt, a, b, c, d: ssd(x, dt, a, b, c, d_H=d)
+    return lambda x, dt, a, b, c, d: ssd(x, dt, a, b, c, d=d)
 
 
 def their_scan(chunk: int) -> Callable[..., Tensor]:
@@ -83,7 +86,8 @@ def their_scan(chunk: int) -> Callable[..., Tensor]:
             f"transformers {transformers.__version__} has no separate Mamba-2 scan to measure; "
             "install the version of constraints.txt"
         )
-    # The name is a dispatcher to a hub kernel; what it wraps is the fallback, and nothing is to be downloaded.
+    # The name is a dispatcher to a hub kernel; what it wraps is the fallback, and nothing is to be
+    # downloaded.
     fallback = getattr(scan, "__wrapped__", scan)
     return lambda x, dt, a, b, c, d: fallback(x, dt, a, b, c, chunk, D=d)
 
@@ -190,7 +194,9 @@ def our_update(model: nn.Module) -> Callable[[], None]:
 
 def their_update(model: nn.Module) -> Callable[[], None]:
     """One AdamW update as transformers' Trainer makes it by default."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
 
     def update() -> None:
         optimizer.step()
@@ -203,11 +209,15 @@ def _grad(leaf: Tensor) -> Tensor:
     return leaf.grad.detach()
 
 
-def reset_peak() -> int:
-    """Forget the process's peak of resident memory; returns the resident bytes now.
+def settled_bytes() -> int:
+    """Resident memory once everything unused is given back, from where `peak_bytes` counts on.
 
-    Where the system cannot forget (not Linux), the peak so far is the baseline.
+    Where the system does not say (not Linux), the peak so far.
     """
+    gc.collect()
+    # Freed memory that the C library keeps for later would hide what the next step takes.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")
@@ -216,7 +226,7 @@ def reset_peak() -> int:
 
 
 def peak_bytes() -> int:
-    """Largest resident memory since `reset_peak`, or since the start where that is all there is."""
+    """Largest resident memory since `settled_bytes`, or since the start where that is all there is."""
     try:
         return _status("VmHWM")
     except OSError:
@@ -233,7 +243,7 @@ def _status(key: str) -> int:
 
 def versions(side: str) -> dict[str, str]:
     """Versions of what the side stands on."""
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     if side == "transformers":
         import transformers
 
@@ -242,11 +252,18 @@ def versions(side: str) -> dict[str, str]:
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """Build, warm up, time, then compute what is compared; returns the line that is printed."""
+    """Build, warm up, time, then compute what is compared; returns the line that is printed.
+
+    peak_bytes: weights or inputs, gradients, optimizer states and all that a step takes, above a process that
+    has run such a program before.
+    """
     torch.set_num_threads(request["threads"])
     make = {"ssd": ssd_program, "step": step_program}[request["kind"]]
+    # What is imported and compiled on first use is paid for on shapes that cost nothing.
+    make(request["side"], request["warm_up_shape"]).once()
+    before = settled_bytes()
     program = make(request["side"], request["shape"])
-    before = reset_peak()
+    settled_bytes()
     for _ in range(WARM_UP):
         program.once()
     seconds = []

@@ -71,7 +71,7 @@ def load_into_transformers(ours: nn.Module, theirs: nn.Module) -> None:
 def unfuse(ours: nn.Module, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under Bamba's names (weights or gradients) as tensors under our names, in our shapes."""
     mine = dict(ours.named_parameters())
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, parts in names(mine).items():
         pieces = theirs[name].split([mine[part].shape[0] for part in parts])
         found |= {part: piece.reshape(mine[part].shape) for part, piece in zip(parts, pieces)}

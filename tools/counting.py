@@ -1,7 +1,8 @@
 """A stage of a model as one rank of a layout holds it, with no storage behind its tensors.
 
-Fake tensors carry shapes, dtypes and a device but no memory, and a fake process group answers collectives with
-nothing, so one process can run forward as any rank of any layout, autocast included, and count what it keeps.
+Fake tensors carry shapes, dtypes and a device but no memory, and a fake process group answers collectives
+with nothing, so one process can run forward as any rank of any layout, autocast included, and count what it
+keeps.
 
 B batch (one micro-batch), T length of the whole sequence, D hidden size.
 """
@@ -22,6 +23,7 @@ from triptych.models import LanguageModel, ModelConfig
 from triptych.parallel.collectives import Axis
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.recompute import apply_recompute
+from triptych.parallel.shards import local_part
 from triptych.parallel.tensor import apply_tensor_parallel
 from triptych.tools.kept import Kept, kept_by_backward
 
@@ -32,8 +34,8 @@ class StageSpec:
 
     model: ModelConfig
     parallel: ParallelConfig
-    """Only tp, sequence_parallel and recompute matter: data parallelism keeps the same, and a pipeline's stages are
-    counted one by one."""
+    """Only tp, sequence_parallel and recompute matter: data parallelism keeps the same, and a pipeline's
+    stages are counted one by one."""
     layers: range
     first: bool
     last: bool
@@ -47,16 +49,27 @@ class StageSpec:
     """Of matrix products, where it differs from dtype."""
 
 
-def count_stage(spec: StageSpec, rank: int = 0) -> list[Kept]:
-    """Storages that one micro-batch keeps for backward on the tp rank `rank`; nothing is allocated."""
+@dataclass(frozen=True)
+class StageCount:
+    """What a tp rank of a stage holds."""
+
+    kept: list[Kept]
+    """Storages that one micro-batch keeps for backward."""
+    parameter_shapes: list[tuple[int, ...]]
+    """Of the rank's own part of each parameter, before data sharding."""
+
+
+def count_stage(spec: StageSpec, rank: int = 0) -> StageCount:
+    """Count on the tp rank `rank`; nothing is allocated."""
     with fake_axis(spec.parallel.tp, rank) as axis, FakeTensorMode(allow_non_fake_inputs=True):
-        return kept_by_stage(spec, axis)
+        return count_stage_on(spec, axis)
 
 
-def kept_by_stage(spec: StageSpec, axis: Axis) -> list[Kept]:
+def count_stage_on(spec: StageSpec, axis: Axis) -> StageCount:
     """The same on whatever tensors the process makes: fake ones, or real ones of a rank of a real group."""
     model = build_stage(spec, axis)
-    return kept_by_backward(model, lambda: stage_forward(spec, model))
+    kept = kept_by_backward(model, lambda: stage_forward(spec, model))
+    return StageCount(kept, [tuple(local_part(parameter).shape) for parameter in model.parameters()])
 
 
 def build_stage(spec: StageSpec, axis: Axis) -> LanguageModel:
@@ -101,7 +114,9 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def fake_axis(size: int, rank: int) -> Iterator[Axis]:
     """A tp axis of `size` ranks whose collectives do nothing, seen from `rank`."""
-    assert not dist.is_initialized(), "counting makes a process group of its own: it runs outside of any other"
+    assert not dist.is_initialized(), (
+        "counting makes a process group of its own: it runs outside of any other"
+    )
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
         mesh: DeviceMesh = init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))

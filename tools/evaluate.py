@@ -74,8 +74,8 @@ def evaluate(
 ) -> Evaluation:
     """Validation loss of the checkpoint at `path` (run directory or checkpoint, of any layout) on one device.
 
-    samples: validation sequences to use, the first of the validation order; None takes as many as the run's own
-    evaluation (train.eval_samples). batch_size: sequences at a time.
+    samples: validation sequences to use, the first of the validation order; None takes as many as the run's
+    own evaluation (train.eval_samples). batch_size: sequences at a time.
     baseline: also fit the interpolated bigram model on the whole training split and give its cross-entropy on
     exactly the same targets.
     Raises ValueError when checkpoint or corpora are not where the run says they are, or a size is below 1.
@@ -89,11 +89,15 @@ def evaluate(
         trained.data, limit=samples or trained.train.eval_samples, vocab_size=trained.model.vocab_size
     )
     if validation is None:
-        raise ValueError("the run's configuration names no validation corpus (data.valid), so there is nothing to evaluate on")
+        raise ValueError(
+            "the run's configuration names no validation corpus (data.valid): there is nothing to evaluate on"
+        )
     say(f"step {trained.step}: {len(validation)} samples of {trained.data.seq_len} tokens")
     total, targets = cross_entropy(trained, validation, batch_size)
     if not targets:
-        raise ValueError("the validation samples hold no target; give a longer validation corpus (data.valid)")
+        raise ValueError(
+            "the validation samples hold no target; give a longer validation corpus (data.valid)"
+        )
     bigram = None
     if baseline:
         say("fitting the bigram model on the training split")
@@ -117,9 +121,13 @@ def cross_entropy(trained: Trained, validation: SequentialDataset, batch_size: i
         size = min(batch_size, len(validation) - first)
         with BatchLoader(validation, size, size, consumed=first, read_ahead=0) as loader:
             (batch,) = next(loader)
-        place = {name: value.to(trained.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        place = {
+            name: value.to(trained.device) for name, value in batch.items() if isinstance(value, torch.Tensor)
+        }
         with trained.autocast():
-            nll = trained.module(place["tokens"], document_ids=place["document_ids"], targets=place["targets"])
+            nll = trained.module(
+                place["tokens"], document_ids=place["document_ids"], targets=place["targets"]
+            )
         total += float(nll.double().sum())
         targets += int((place["targets"] != IGNORE).sum())
     return total, targets
@@ -128,8 +136,8 @@ def cross_entropy(trained: Trained, validation: SequentialDataset, batch_size: i
 def target_bytes(trained: Trained, validation: SequentialDataset) -> int | None:
     """UTF-8 bytes of the text that the targets spell; None where the run's tokenizer cannot be read.
 
-    The first token of each document is no target, and neither are its bytes; the end of a document is a target of
-    no bytes. A character cut by the edge of a sample counts as the three bytes of U+FFFD.
+    The first token of each document is no target, and neither are its bytes; the end of a document is a
+    target of no bytes. A character cut by the edge of a sample counts as the three bytes of U+FFFD.
     """
     if trained.data.tokenizer is None:
         return None

@@ -1,14 +1,15 @@
 """The memory that a forward pass leaves behind for backward, storage by storage.
 
 What autograd saves, it keeps alive: tensors in nodes of the graph, and what hooks on saved tensors, custom
-operators and checkpoints hold in their place. So the count is taken from lifetimes. A dispatch mode sees every
-storage that the forward pass makes; afterwards only the graph is kept, and the storages that still live are what
-the graph holds, each counted once whatever views of it were saved. It works on the meta device, where nothing is
-allocated. Storages of parameters and buffers are older than the pass, so they do not count; what was computed from
-parameters alone (a cast of a weight, a gathered weight) is told apart from activations.
+operators and checkpoints hold in their place. So the count is taken from lifetimes. A dispatch mode sees
+every storage that the forward pass makes; afterwards only the graph is kept, and the storages that still live
+are what the graph holds, each counted once whatever views of it were saved. It works on the meta device,
+where nothing is allocated. Storages of parameters and buffers are older than the pass, so they do not count;
+what was computed from parameters alone (a cast of a weight, a gathered weight) is told apart from
+activations.
 
-`hook_bytes` counts the same by torch's saved-tensor hooks, which see no tensor that another hook took; where no
-other hook is set, both must agree.
+`hook_bytes` counts the same by torch's saved-tensor hooks, which see no tensor that another hook took; where
+no other hook is set, both must agree.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ class _Recorder(TorchDispatchMode):
             return
         module = self.modules[-1] if self.modules else ""
         dtype = str(local.dtype).removeprefix("torch.")
-        kept = Kept(storage.nbytes(), tuple(local.shape), dtype, op.removesuffix(".default"), module, of_weights)
+        kept = Kept(
+            storage.nbytes(), tuple(local.shape), dtype, op.removesuffix(".default"), module, of_weights
+        )
         self.made[key] = _Made(StorageWeakRef(storage), kept)
         # A new storage may have the address of one that died.
         (self.weights.add if of_weights else self.weights.discard)(key)
@@ -92,7 +95,8 @@ class _Recorder(TorchDispatchMode):
 def kept_by_backward(model: nn.Module, forward: Callable[[], Tensor]) -> list[Kept]:
     """Storages that stay alive for backward after `forward()`, which must make its own inputs.
 
-    forward's result itself counts only if the graph holds it. Gradients must be enabled.
+    forward's result itself counts only if the graph holds it; an input that requires a gradient is held until
+    its gradient is there. Gradients must be enabled.
     """
     weights = {_key(_local(tensor)) for tensor in (*model.parameters(), *model.buffers())}
     recorder = _Recorder(weights)
@@ -117,7 +121,8 @@ def total_bytes(kept: Iterable[Kept], *, weights: bool = False) -> int:
 
 
 def hook_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes of the distinct storages that autograd hands to saved-tensor hooks, those of parameters left out."""
+    """Bytes of the distinct storages that autograd hands to saved-tensor hooks, those of parameters left
+    out."""
     weights = {_key(_local(tensor)) for tensor in (*model.parameters(), *model.buffers())}
     storages: dict[int, tuple[Tensor, int]] = {}
 

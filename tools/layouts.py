@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from triptych.parallel.config import ParallelConfig
 
 AXES = ("tp", "pp", "dp_shard", "dp_replicate")
-SWITCHES = {
+SWITCHES: dict[str, dict[str, object]] = {
     "none": {"recompute": "none"},
     "selective": {"recompute": "selective"},
     "full": {"recompute": "full"},
@@ -28,7 +28,8 @@ DEFAULT = (
     "tp2.dp_shard2+full",
     "tp2.pp2.dp_shard2+selective",
 )
-"""What `verify` runs when it is told nothing: each axis alone and in company, each recomputation several times."""
+"""What `verify` runs when it is told nothing: each axis alone and in company, each recomputation several
+times."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class LayoutName:
 def parse_layout(text: str, base: ParallelConfig) -> LayoutName:
     """ "tp2.pp2+full+nosp" -> axes tp 2 and pp 2, all others 1; what follows "+" replaces what `base` says.
 
-    Axes: tp, pp, dp_shard, dp_replicate, and dp for dp_shard, joined by "." or ",". Switches: none, selective,
-    full (recomputation), sp, nosp (sequence parallelism).
+    Axes: tp, pp, dp_shard, dp_replicate, and dp for dp_shard, joined by "." or ",". Switches: none,
+    selective, full (recomputation), sp, nosp (sequence parallelism).
     Raises ValueError naming the part that cannot be read.
     """
     axes, *switches = text.replace(" ", "").split("+")
@@ -63,7 +64,9 @@ def parse_layout(text: str, base: ParallelConfig) -> LayoutName:
         values[axis] = int(match[2])
     for switch in switches:
         if switch not in SWITCHES:
-            raise ValueError(f'layout {text!r}: {switch!r} after "+" is unknown; use one of {", ".join(SWITCHES)}')
+            raise ValueError(
+                f'layout {text!r}: {switch!r} after "+" is unknown; use one of {", ".join(SWITCHES)}'
+            )
         values |= SWITCHES[switch]
     return LayoutName(text, ParallelConfig.model_validate(base.model_dump() | values))
 

@@ -27,7 +27,9 @@ def count_text(count: float) -> str:
     return f"{value:.3g} P"
 
 
-def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str | None = None) -> Table:
+def table_of(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str | None = None
+) -> Table:
     """A rich table; every column but the first is aligned to the right."""
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for number, column in enumerate(columns):

@@ -29,14 +29,15 @@ def sample(
     max_new_tokens: most tokens to add; a text ends earlier where the model ends its document.
     temperature: 0 takes the likeliest token. top_k, top_p: see models.generate.
     tokenizer: tokenizer.json to use in place of the one that the run's configuration names.
-    An empty prompt begins a document. The result is a function of the checkpoint, the prompt, the options and the
-    seed; it does not depend on the other prompts.
+    An empty prompt begins a document. The result is a function of the checkpoint, the prompt, the options and
+    the seed; it does not depend on the other prompts.
     Raises ValueError when there is no checkpoint or no tokenizer at the places named.
     """
     trained = load_trained(path, device)
     words = load_tokenizer(trained, tokenizer)
     texts = []
-    # One prompt at a time: prompts of different lengths would need padding, which a state cache cannot ignore.
+    # One prompt at a time: prompts of different lengths would need padding, which a state cache cannot
+    # ignore.
     for prompt in prompts:
         # Documents stand behind the end of the one before them.
         ids = words.encode(prompt) or [words.eod_id]
@@ -61,12 +62,14 @@ def sample(
 def load_tokenizer(trained: Trained, tokenizer: str | Path | None) -> TextTokenizer:
     """The tokenizer at `tokenizer`, else of the run.
 
-    Raises ValueError when neither names one, when the file cannot be read, or when it has ids that the model has not.
+    Raises ValueError when neither names one, when the file cannot be read, or when it has ids that the model
+    has not.
     """
     place = str(tokenizer) if tokenizer is not None else trained.data.tokenizer
     if place is None:
         raise ValueError(
-            "the run's configuration names no data.tokenizer; give the tokenizer.json of its corpus with --tokenizer"
+            "the run's configuration names no data.tokenizer; give the tokenizer.json of its corpus with "
+            "--tokenizer"
         )
     words = TextTokenizer.load(place)
     if words.vocab_size > trained.model.vocab_size:

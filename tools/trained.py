@@ -43,7 +43,8 @@ def load_trained(path: str | Path, device: str) -> Trained:
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device {device} was asked for, but PyTorch sees no CUDA device here; use cpu")
-    # The dtype of parameters in every precision but fp64, to which fp32 values would be cast losslessly anyway.
+    # The dtype of parameters in every precision but fp64, to which fp32 values would be cast losslessly
+    # anyway.
     module, model, state = load_model(path, place, torch.float32)
     config = state["config"]
     if config["train"]["precision"] == "fp64":

@@ -1,9 +1,10 @@
 """Does every layout give the same training? `triptych verify`.
 
-A run is a function of its configuration and its data, never of its layout. This tool shows it for a user's own
-configuration: in float64, on the CPU, with real gloo processes, each layout trains some steps on the same batches
-as one process does, and the losses, every parameter's gradient, the gradient norm and the parameters after the
-steps are held against that process's.
+A run is a function of its configuration and its data, never of its layout. This tool shows it for a user's
+own
+configuration: in float64, on the CPU, with real gloo processes, each layout trains some steps on the same
+batches as one process does, and the losses, every parameter's gradient, the gradient norm and the parameters
+after the steps are held against that process's.
 """
 
 from __future__ import annotations
@@ -160,7 +161,8 @@ def verify(
                 continue
             result = _judge(layout, reference, ranks, tolerance, time.perf_counter() - start)
             results.append(result)
-            say(f"{layout.text}: {'same' if result.ok else 'DIFFERENT'}, gradient {result.gradient.relative:.1e}")
+            verdict = "same" if result.ok else "DIFFERENT"
+            say(f"{layout.text}: {verdict}, gradient {result.gradient.relative:.1e}")
     return VerifyReport(results, skipped, failed, steps, tolerance, reference.losses)
 
 
@@ -181,7 +183,9 @@ def _choose(run: RunSections, layouts: Sequence[str] | None) -> tuple[list[Layou
             chosen.append(layout)
     if not chosen:
         reasons = "; ".join(f"{layout}: {reason}" for layout, reason in skipped.items())
-        raise ValueError(f"this configuration allows none of the default layouts ({reasons}); name one with --layouts")
+        raise ValueError(
+            f"this configuration allows none of the default layouts ({reasons}); name one with --layouts"
+        )
     return chosen, skipped
 
 
@@ -201,14 +205,23 @@ def _judge(
     losses = [_relative(rank.losses, reference.losses) for rank in ranks]
     norms = [_relative(rank.grad_norms, reference.grad_norms) for rank in ranks]
     names = {name for rank in ranks for name in rank.gradients}
-    assert names == reference.gradients.keys(), f"parameters missing: {sorted(reference.gradients.keys() ^ names)}"
+    assert names == reference.gradients.keys(), (
+        f"parameters missing: {sorted(reference.gradients.keys() ^ names)}"
+    )
     gradient = _worst(worst for rank in ranks for worst in rank.gradients.values())
     parameter = _worst(worst for rank in ranks for worst in rank.parameters.values())
     figures = [*losses, *norms, gradient.relative, parameter.relative]
     # Written so that a NaN is not within the tolerance.
     ok = all(figure <= tolerance for figure in figures)
     return LayoutResult(
-        layout.text, layout.config.world_size, seconds, ok, _largest(losses), _largest(norms), gradient, parameter
+        layout.text,
+        layout.config.world_size,
+        seconds,
+        ok,
+        _largest(losses),
+        _largest(norms),
+        gradient,
+        parameter,
     )
 
 

@@ -1,7 +1,7 @@
 """What one rank of `verify` does: train some steps, and hold what it has against the single process's files.
 
-The single process leaves its gradients and parameters in files; each rank reads the windows it holds itself, so that
-no whole tensor travels between processes.
+The single process leaves its gradients and parameters in files; each rank reads the windows it holds itself,
+so that no whole tensor travels between processes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from triptych.training.objectives import LanguageModeling
 from triptych.training.optimizer import AdamW
 from triptych.training.schedule import factor
 
-# A tensor whose elements are all far below the largest ones of the model holds little but rounding (a bias that
-# softmax ignores, say), and its relative difference says nothing: differences are measured against its own largest
-# element or this share of the model's, whichever is more.
+# A tensor whose elements are all far below the largest ones of the model holds little but rounding (a bias
+# that softmax ignores, say), and its relative difference says nothing: differences are measured against its
+# own largest element or this share of the model's, whichever is more.
 FLOOR = 1e-6
 GRADIENTS, PARAMETERS = "gradients.safetensors", "parameters.safetensors"
 
@@ -68,7 +68,8 @@ class RankResult:
 
 
 def run_rank(job: Job, reference: RankResult | None) -> RankResult:
-    """Train `job.steps` steps in float64; `reference` is None in the single process, which writes the files."""
+    """Train `job.steps` steps in float64; `reference` is None in the single process, which writes the
+    files."""
     layout = Layout(job.parallel)
     dp_rank = layout.dp_rank(dist.get_rank())
     per_rank = job.train.global_batch_size // layout.dp_size
@@ -92,7 +93,9 @@ def run_rank(job: Job, reference: RankResult | None) -> RankResult:
         losses.append(forward_backward(model, batches, dp_rank))
         grad_norms.append(float(model.grad_norm()))
         if step == 1:
-            gradients = compare(windows(model, lambda p: p.grad), Path(job.folder) / GRADIENTS, reference, "gradients")
+            gradients = compare(
+                windows(model, lambda p: p.grad), Path(job.folder) / GRADIENTS, reference, "gradients"
+            )
         update(model, optimizer, job.train, step, grad_norms[-1])
     parameters = compare(windows(model, lambda p: p), Path(job.folder) / PARAMETERS, reference, "parameters")
     return RankResult(losses, grad_norms, gradients, parameters)

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def synthetic_samples(run: RunSections, count: int) -> dict[str, Tensor]:
-    """`count` samples of random tokens, each row of two or three documents (one in a row of fewer than 4 tokens).
+    """`count` samples of random tokens, each row of two or three documents (one in a row of fewer than 4
+    tokens).
 
     tokens, targets, document_ids: int64 (count, T); sample_keys: int64 (count,). The last token of a document
     has no target (-100).
