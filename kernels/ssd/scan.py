@@ -34,16 +34,16 @@ def forward(
     state_shape = (*s.through.shape, x.shape[3], b.shape[3])
     added = s.mm(s.grouped(s.x, s.to_end * s.dt).transpose(1, 2), s.b).view(state_shape)
     states = torch.empty_like(added)
-    state = added.new_zeros(added[:, 0].shape) if initial_state is None else initial_state.to(s.dtype)
+    states[:, 0] = 0.0 if initial_state is None else initial_state
     through = s.through[..., None, None]
-    for k in range(added.shape[1]):
-        states[:, k] = state
-        state = torch.addcmul(added[:, k], state, through[:, k])
+    for k in range(states.shape[1] - 1):
+        torch.addcmul(added[:, k], states[:, k], through[:, k], out=states[:, k + 1])
+    final_state = torch.addcmul(added[:, -1], states[:, -1], through[:, -1])
     before = states.view(s.b.shape[0], -1, b.shape[3])  # (K*G, R*P, N)
     y = torch.empty(s.x.shape, dtype=s.dtype, device=x.device)
     for tile in s.tiles():
         _outputs(s, tile, before, d, y[tile])
-    return _unpad(y, x), state, states
+    return _unpad(y, x), final_state, states
 
 
 def _outputs(s: Chunks, tile: slice, before: Tensor, d: Tensor | None, out: Tensor) -> None:
@@ -79,11 +79,11 @@ def backward(
     dy_decayed = s.grouped(dy_, s.from_start)  # (K*G, L, R*P)
     from_outputs = s.mm(dy_decayed.transpose(1, 2), s.c).view(states.shape)
     dstates = torch.empty_like(states)  # of the state after each chunk
-    dstate = torch.zeros_like(states[:, 0]) if dfinal is None else dfinal.to(s.dtype)
+    dstates[:, -1] = 0.0 if dfinal is None else dfinal
     through = s.through[..., None, None]
-    for k in reversed(range(states.shape[1])):
-        dstates[:, k] = dstate
-        dstate = torch.addcmul(from_outputs[:, k], dstate, through[:, k])
+    for k in reversed(range(1, states.shape[1])):
+        torch.addcmul(from_outputs[:, k], dstates[:, k], through[:, k], out=dstates[:, k - 1])
+    dinitial = torch.addcmul(from_outputs[:, 0], dstates[:, 0], through[:, 0])
     flat = (s.b.shape[0], -1, b.shape[3])
     grads = _Gradients(s, b.shape[3])
     # The state that passes a chunk is scaled by exp(q[L-1]).
@@ -97,7 +97,7 @@ def backward(
     da = (dlog * s.dt).sum((0, 1)).flatten().to(a.dtype)
     dd = None if d is None else (dy_ * s.x).sum((0, 1, 4), dtype=s.dtype).flatten().to(d.dtype)
     db, dc = (g.view(-1, b.shape[2], *g.shape[1:]).transpose(1, 2) for g in (grads.db, grads.dc))
-    return _unpad(grads.dx, x), _unpad(ddt, dt), da, _unpad(db, b), _unpad(dc, c), dd, dstate
+    return _unpad(grads.dx, x), _unpad(ddt, dt), da, _unpad(db, b), _unpad(dc, c), dd, dinitial
 
 
 class _Gradients:

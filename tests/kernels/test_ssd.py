@@ -173,6 +173,22 @@ def test_bf16_inputs(accurate: Callable[..., None]) -> None:
     accurate(full, partial(full, form="reference"), inputs, BF16_FLOOR)
 
 
+def test_agrees_with_transformers() -> None:
+    module = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    scan_ = getattr(module, "mamba2_chunk_scan", None)
+    if scan_ is None:
+        pytest.skip("this transformers has no separate Mamba-2 scan")
+    inputs = make_inputs(100, batch=2, dtype=torch.float32)
+    del inputs["initial_state"]
+    y, state = full(**inputs)
+    # The name dispatches to a kernel of the hub; what it wraps is the plain PyTorch form.
+    x, dt, a, b, c, d = inputs.values()
+    plain = getattr(scan_, "__wrapped__", scan_)
+    theirs = plain(x, dt, a, b, c, 32, D=d, return_final_states=True)
+    torch.testing.assert_close(y, theirs[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state, theirs[1], rtol=1e-4, atol=1e-4)
+
+
 def test_autocast_leaves_the_scan_alone(errors: Callable[..., dict[str, float]]) -> None:
     inputs = make_inputs(100, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
