@@ -38,7 +38,7 @@ def test_errors(trained_run: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer .*nothing\.json cannot be read"):
         sample(trained_run.run_dir, prompts=["a"], tokenizer=tmp_path / "nothing.json")
     larger = tmp_path / "larger.json"
-    larger.write_text(train_tokenizer(["a longer text, with longer words " * 20], 330).text)
+    larger.write_text(train_tokenizer([" ".join(str(n * n) for n in range(999))], 330).text)
     with pytest.raises(ValueError, match=r"ids but the model 300"):
         sample(trained_run.run_dir, prompts=["a"], tokenizer=larger)
 
