@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -97,7 +96,6 @@ def train(
     if dry_run:
         run.show_plan(config, directory)
         return
-    signal.signal(signal.SIGTERM, _terminate)
     result = run.train(config, directory, in_process=in_process)
     if as_json:
         typer.echo(json.dumps(result))
@@ -358,10 +356,6 @@ def _to_stderr(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def _terminate(number: int, frame: object) -> None:
-    raise Terminated
-
-
 def main() -> None:
     """The `triptych` command."""
     sys.exit(execute(sys.argv[1:]))
@@ -375,6 +369,8 @@ def execute(arguments: list[str]) -> int:
     debug = "--debug" in arguments or os.environ.get("TRIPTYCH_DEBUG", "0") not in ("", "0")
     try:
         code = app([word for word in arguments if word != "--debug"], standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("stopped by Ctrl-C", err=True)
@@ -386,10 +382,7 @@ def execute(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if hasattr(
-            error, "show"
-        ):  # click's usage errors; typer carries its own click or imports it, by version
-            error.show()
+        if hasattr(error, "show"):  # click's usage errors; typer carries its own click or imports it, X
             return BAD_INPUT
         _tell(error, debug)
         return exit_code(error)
@@ -402,9 +395,7 @@ def _tell(error: Exception, debug: bool) -> None:
     if is_meant(error):
         typer.echo(f"error: {error}", err=True)
     else:
-        typer.echo(
-            "error: this is a defect of triptych, or of something below it; see the traceback", err=True
-        )
+        typer.echo("error: a defect of triptych, or of something below it; see the traceback", err=True)
 
 
 if __name__ == "__main__":

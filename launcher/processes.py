@@ -31,6 +31,17 @@ def descendants(root: int | None = None) -> list[Process]:
     return found
 
 
+def mentioning(text: str) -> list[Process]:
+    """The live processes with `text` in their command line, wherever they hang in the tree."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if text.encode() in (entry / "cmdline").read_bytes() and int(entry.name) != os.getpid():
+                status = _status(int(entry.name))
+                found += [(int(entry.name), status[1])] if status else []
+    return found
+
+
 def end(processes: list[Process], patience: float = 3.0) -> None:
     """Wait until `processes` are gone; kill those that are still there after `patience` seconds."""
     deadline = time.monotonic() + patience

@@ -23,7 +23,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from triptych.launcher import processes
 from triptych.launcher.config import RunConfig, validate
-from triptych.launcher.errors import RunFailed
+from triptych.launcher.errors import RunFailed, Terminated
 from triptych.launcher.progress import Display, Tail
 from triptych.launcher.ray_settings import address
 from triptych.launcher.rundir import RunDir
@@ -125,7 +125,8 @@ class _Trainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         spared = {"PlacementGroupCleanerCallback", "DatasetsCallback"}
-        return [call for call in super()._create_default_callbacks() if type(call).__name__ not in spared]
+        every = super()._create_default_callbacks()  # type: ignore[misc]
+        return [callback for callback in every if type(callback).__name__ not in spared]
 
 
 def _trainer(config: RunConfig, directory: RunDir) -> TorchTrainer:
@@ -183,9 +184,12 @@ def _cluster(config: RunConfig, directory: RunDir) -> Iterator[None]:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if join:
         try:
-            ray.init(address=join, **quiet)
+            _init(address=join, **quiet)
         except (ConnectionError, ValueError, OSError) as error:
-            raise ValueError(f"cluster.address={join!r}: no Ray cluster answers there ({error})") from error
+            raise ValueError(
+                f"cluster.address={join!r}: no Ray cluster answers there ({error}); give the address that "
+                "`ray start` printed, and set RAY_AUTH_MODE=token if the cluster asks for a token"
+            ) from error
         try:
             yield
         finally:
@@ -195,7 +199,7 @@ def _cluster(config: RunConfig, directory: RunDir) -> Iterator[None]:
     temporary = Path(tempfile.mkdtemp(prefix="tri-", dir=short_temp_dir()))
     before = set(processes.descendants())
     try:
-        ray.init(address="local", **quiet, **_local_options(config), _temp_dir=str(temporary))
+        _init(address="local", **quiet, **_local_options(config), _temp_dir=str(temporary))
         yield
     except Exception:
         _keep_logs(temporary, directory)
@@ -204,8 +208,22 @@ def _cluster(config: RunConfig, directory: RunDir) -> Iterator[None]:
         with _undisturbed():
             started = [process for process in processes.descendants() if process not in before]
             ray.shutdown()
-            processes.end(started)
+            # A worker that was only just starting hangs below nobody any more; its arguments name it.
+            processes.end([*started, *processes.mentioning(str(temporary))])
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _init(**options: Any) -> None:
+    """ray.init, without the SIGTERM handler that it leaves behind: ours unwinds and clears up."""
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**options)
+    except SystemExit as error:  # Ray's own handler, while it starts
+        raise Terminated from error
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextlib.contextmanager

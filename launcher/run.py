@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,7 @@ def train(config: RunConfig, directory: RunDir, *, in_process: bool = False) -> 
                 f"differs from the last start of this directory: {', '.join(changed)}", style="yellow"
             )
         try:
-            with display:
+            with _sigterm_raises(), display:
                 _launch(config, directory, display, in_process)
         except (KeyboardInterrupt, Terminated):
             display.note(_how_to_go_on(directory), style="bold")
@@ -123,6 +125,20 @@ def train(config: RunConfig, directory: RunDir, *, in_process: bool = False) -> 
         "restarts": max(0, display.starts - 1),
         "seconds": round(seconds, 1),
     }
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM, as batch systems send it, unwinds like Ctrl-C: everything that was started is stopped."""
+
+    def raise_terminated(number: int, frame: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, raise_terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _launch(config: RunConfig, directory: RunDir, display: Display, in_process: bool) -> None:

@@ -345,10 +345,11 @@ class TestRay:
             "print('ADDRESS', ray.get_runtime_context().gcs_address, flush=True)\n"
             "sys.stdin.read()\n"
         )
-        cluster = start([sys.executable, "-c", code])
+        cluster = start([sys.executable, "-c", code], RAY_AUTH_MODE="token")
         assert cluster.stdout is not None and cluster.stdin is not None
         address = next(line.split()[1] for line in cluster.stdout if line.startswith("ADDRESS"))
-        exit_code, output = run("train", "test.yaml", "--address", address, "--run-dir", "crowded")
+        arguments = ["--address", address, "--run-dir", "crowded"]
+        exit_code, output = run("train", "test.yaml", *arguments, RAY_AUTH_MODE="token")
         assert exit_code == 2, output
         assert "the layout has 2 workers of 1 CPU each, but the cluster has room for 1" in output
         cluster.stdin.close()
