@@ -382,7 +382,8 @@ def execute(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if hasattr(error, "show"):  # click's usage errors; typer carries its own click or imports it, X
+        if hasattr(error, "show"):  # a usage error of click, which newer typers carry within them
+            error.show(file=sys.stderr)
             return BAD_INPUT
         _tell(error, debug)
         return exit_code(error)
