@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from triptych.data_pipeline.config import DataConfig
 from triptych.data_pipeline.dataset import IGNORE, SequentialDataset
 from triptych.data_pipeline.indexed import IndexedTokens

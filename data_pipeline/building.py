@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
 from triptych.data_pipeline.config import TextCorpusOptions
 from triptych.data_pipeline.indexed import IndexedTokens, IndexedWriter, best_dtype
 from triptych.data_pipeline.manifest import Manifest, file_digest

@@ -18,6 +18,7 @@ from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
+
 from triptych.data_pipeline.config import SourceConfig
 from triptych.data_pipeline.indexed import IndexedTokens
 from triptych.data_pipeline.order import Mixture, key, permutation

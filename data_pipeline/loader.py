@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
+
 from triptych.data_pipeline.config import DataConfig
 from triptych.data_pipeline.dataset import PackedDataset, SequentialDataset
 

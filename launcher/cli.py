@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from triptych.launcher.errors import (
     BAD_INPUT,
     FAILED,

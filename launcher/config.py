@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
 from triptych.data_pipeline.config import DataConfig
 from triptych.models.config import ModelConfig
 from triptych.parallel.config import ParallelConfig

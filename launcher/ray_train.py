@@ -21,6 +21,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+
 from triptych.launcher import processes
 from triptych.launcher.config import RunConfig, validate
 from triptych.launcher.errors import RunFailed, Terminated

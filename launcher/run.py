@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
 from triptych.launcher import ray_settings, rundir
 from triptych.launcher.config import RunConfig, load
 from triptych.launcher.errors import RunFailed, Terminated
@@ -168,6 +169,7 @@ def text_corpus(options: dict[str, Any], *, as_json: bool = False) -> None:
     """Build or reuse a text corpus and show what it holds."""
     from pydantic import ValidationError
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
     from triptych.data_pipeline.config import TextCorpusOptions
     from triptych.data_pipeline.text import build_text_corpus
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
+
 from triptych.launcher import config as configuration
 from triptych.launcher import rundir
 from triptych.launcher.config import RunConfig

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+
 from triptych.models.config import LayerSpec, ModelConfig
 from triptych.models.context import Context
 from triptych.models.dropout import Dropout

@@ -6,6 +6,7 @@ import math
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
 from triptych.models.registry import CHARACTERS, FEEDFORWARD_CHARACTER, FEEDFORWARDS, MIXERS, NONE
 
 
@@ -53,7 +54,7 @@ class Mamba2Config(Section):
     """Size N of the state per channel."""
     head_dim: int = Field(default=64, ge=1)
     """Channels P per head; a divisor of expand * hidden_size."""
-    expand: float = Field(default=2, gt=0)
+    expand: float = Field(default=2.0, gt=0)
     """Inner channels = expand * hidden_size."""
     num_groups: int = Field(default=1, ge=1)
     """Groups of heads with b and c in common, and of channels in the gated norm; a divisor of the heads."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+
 from triptych.models.config import ModelConfig
 from triptych.models.lm import LanguageModel
 

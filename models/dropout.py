@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+
 from triptych import kernels
 from triptych.kernels.random import string_key
 

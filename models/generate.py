@@ -6,6 +6,7 @@ Shape legend: B batch, T prompt length, V vocabulary.
 from __future__ import annotations
 
 import torch
+
 from triptych.kernels.random import hash_uniform, string_key
 from triptych.models.cache import Cache
 from triptych.models.lm import LanguageModel

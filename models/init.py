@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+
 from triptych.kernels.random import hash_normal, hash_uniform, string_key
 
 ELEMENTS_AT_ONCE = 1 << 21

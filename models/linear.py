@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import nn
+
 from triptych import kernels
 from triptych.models.init import ZEROS, Init, Uniform
 

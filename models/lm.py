@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+
 from triptych.models.block import Block
 from triptych.models.cache import Cache
 from triptych.models.config import ModelConfig

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from triptych import kernels
 from triptych.kernels.library import autocast_dtype
 from triptych.models.config import ModelConfig

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from triptych import kernels
 from triptych.models.config import ModelConfig
 from triptych.models.init import Init, Normal

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+
 from triptych.models.lm import LanguageModel
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
 from triptych import models
 from triptych.models.config import ModelConfig
 from triptych.models.sharding import Cut

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
+
 from triptych.parallel.data import sharded_modules
 from triptych.parallel.layout import Layout
 from triptych.parallel.pipeline import LossFunction, MicroBatch, Pipeline

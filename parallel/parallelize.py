@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+
 from triptych import models
 from triptych.models.config import ModelConfig
 from triptych.parallel.collectives import Axis

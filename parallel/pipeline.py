@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
 from triptych.models.config import ModelConfig
 from triptych.models.count import build_on_meta
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
+
 from triptych.models.lm import LanguageModel
 from triptych.parallel.config import Recompute
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from triptych.parallel.collectives import Axis, all_gather, reduce_scatter
 
 

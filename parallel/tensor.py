@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
 from triptych.models.dropout import Dropout
 from triptych.models.norms import GatedRMSNorm
 from triptych.models.sharding import REPLICATE, Cut, Shards

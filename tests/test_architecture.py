@@ -37,11 +37,13 @@ def rooms_imported_by(path: Path) -> set[str]:
 def test_imports_never_point_up(room: str) -> None:
     for path in (ROOT / room).rglob("*.py"):
         upward = rooms_imported_by(path) - MAY_IMPORT[room] - {room}
-        assert not upward, f"{path.relative_to(ROOT)} imports {sorted(upward)}; {room} may import {sorted(MAY_IMPORT[room])}"
+        assert not upward, (
+            f"{path.relative_to(ROOT)} imports {sorted(upward)}; {room} may import {sorted(MAY_IMPORT[room])}"
+        )
 
 
 def test_help_needs_no_torch() -> None:
-    """`triptych --help` answers at once: the command line loads torch and Ray only in the verbs that need them."""
+    """`triptych --help` answers at once: torch and Ray are loaded only by the verbs that need them."""
     program = "import sys, triptych.launcher.cli; print([m for m in ('torch', 'ray') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -21,7 +21,9 @@ def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source / name)
     wheels, target = source / "wheels", tmp_path_factory.mktemp("target")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels, source], check=True)
+    subprocess.run(
+        [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels, source], check=True
+    )
     (wheel,) = wheels.glob("triptych-*.whl")
     subprocess.run([*pip, "install", "-q", "--no-deps", "--target", target, wheel], check=True)
     return target
@@ -30,7 +32,10 @@ def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_has_every_module_of_every_room(installed_wheel: Path) -> None:
     for room in ROOMS:
         ours = {p.relative_to(ROOT / room) for p in (ROOT / room).rglob("*.py")}
-        theirs = {p.relative_to(installed_wheel / "triptych" / room) for p in (installed_wheel / "triptych" / room).rglob("*.py")}
+        theirs = {
+            p.relative_to(installed_wheel / "triptych" / room)
+            for p in (installed_wheel / "triptych" / room).rglob("*.py")
+        }
         assert ours == theirs, f"triptych.{room} lacks {sorted(map(str, ours - theirs))} in the wheel"
 
 

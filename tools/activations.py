@@ -18,6 +18,7 @@ import torch.distributed as dist
 from rich.console import Group
 from rich.text import Text
 from torch.distributed.device_mesh import init_device_mesh
+
 from triptych.parallel.collectives import Axis
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.local import run_local

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.text import Text
+
 from triptych.tools.render import bytes_text, table_of
 
 if TYPE_CHECKING:

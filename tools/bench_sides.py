@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
 from triptych.tools.bench_weights import load_into_transformers, unfuse
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
 from triptych.models import LanguageModel, ModelConfig
 from triptych.parallel.collectives import Axis
 from triptych.parallel.config import ParallelConfig

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Group
+
 from triptych.data_pipeline.loader import open_training
 from triptych.models import flops_per_token, parameter_count
 from triptych.parallel.layout import Layout
@@ -25,6 +26,7 @@ from triptych.tools.render import bytes_text, count_text, table_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
     from triptych.training.sections import RunSections
 
 # Adam's two moments, in the parameters' own precision.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from triptych.data_pipeline.baseline import bigram_baseline
 from triptych.data_pipeline.dataset import IGNORE, SequentialDataset
 from triptych.data_pipeline.loader import BatchLoader, open_validation

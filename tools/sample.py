@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
 from triptych.data_pipeline.tokenizer import TextTokenizer
 from triptych.models import generate
 from triptych.tools.trained import Trained, load_trained

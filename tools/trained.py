@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from triptych.data_pipeline.config import DataConfig
 from triptych.models import LanguageModel, ModelConfig
 from triptych.training.config import TrainConfig

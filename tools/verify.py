@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.text import Text
+
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.layout import Layout
 from triptych.parallel.local import run_local
@@ -27,6 +28,7 @@ from triptych.tools.verify_samples import corpus_samples, synthetic_samples
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
     from triptych.training.sections import RunSections
 
 
@@ -74,19 +76,14 @@ class VerifyReport:
                 result.layout,
                 result.world_size,
                 f"{result.loss:.1e}",
-                f"{result.gradient.relative:.1e}",
-                result.gradient.name,
+                f"{result.gradient.relative:.1e}\n{result.gradient.name}",
                 f"{result.grad_norm:.1e}",
                 f"{result.parameter.relative:.1e}",
-                result.parameter.name,
-                f"{result.seconds:.1f} s",
                 "yes" if result.ok else "NO",
             ]
             for result in self.results
         ]
-        columns = [
-            "layout", "ranks", "loss", "gradient", "of", "gradient norm", "parameters", "of", "time", "same",
-        ]  # fmt: skip
+        columns = ["layout", "ranks", "loss", "gradient, and whose", "gradient norm", "parameters", "same"]
         title = (
             f"Largest relative difference from one process, float64, {self.steps} steps, "
             f"tolerance {self.tolerance:g}"

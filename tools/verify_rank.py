@@ -15,6 +15,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
 from triptych.models import ModelConfig
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.layout import Layout, build_mesh

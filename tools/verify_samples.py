@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
 from triptych.data_pipeline.loader import BatchLoader, open_training
 
 if TYPE_CHECKING:

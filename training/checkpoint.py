@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
 from triptych.training import store
 from triptych.training.group import Group
 from triptych.training.shards import (

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
 from triptych.parallel.parallelize import ParallelModel
 from triptych.training.objectives import Batch, Objective
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from triptych import models
 from triptych.models.config import ModelConfig
 from triptych.models.lm import LanguageModel

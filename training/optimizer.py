@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
 from triptych.parallel.shards import local_part
 from triptych.training.config import OptimizerConfig
 from triptych.training.shards import Shard, Window

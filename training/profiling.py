@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
 from triptych.training.config import ProfileConfig
 
 log = logging.getLogger("triptych.training.profiling")

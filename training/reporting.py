@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import yaml
+
 from triptych.models import flops_per_token
 from triptych.training.evaluation import Sums
 from triptych.training.metrics import MetricsWriter, StepReport, Stopwatch, memory_bytes, peak_flops

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from triptych.data_pipeline.dataset import PackedDataset, SequentialDataset
 from triptych.data_pipeline.loader import BatchLoader, open_training, open_validation
 from triptych.data_pipeline.vocabulary import check_vocabulary

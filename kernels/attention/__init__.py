@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
 from triptych.kernels import dispatch
 from triptych.kernels.attention import reference, sdpa
 from triptych.kernels.library import autocast_dtype

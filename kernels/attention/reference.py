@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
 from triptych.kernels.attention.masks import visible
 from triptych.kernels.library import without_autocast
 from triptych.kernels.segments import segment_ids

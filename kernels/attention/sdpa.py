@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+
 from triptych.kernels.attention.masks import visible
 from triptych.kernels.library import without_autocast
 from triptych.kernels.segments import document_bounds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+
 from triptych.kernels import dispatch
 from triptych.kernels.causal_conv1d import reference
 from triptych.kernels.causal_conv1d import torch as fast

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from triptych.kernels.library import statistics_dtype
 from triptych.kernels.segments import document_bounds
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from triptych.kernels.library import define
 from triptych.kernels.random import hash_bits
 

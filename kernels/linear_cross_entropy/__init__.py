@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from torch import Tensor, promote_types
+
 from triptych.kernels import dispatch
 from triptych.kernels.library import autocast_dtype
 from triptych.kernels.linear_cross_entropy import reference

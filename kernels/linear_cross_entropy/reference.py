@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
 from triptych.kernels.library import statistics_dtype
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from triptych.kernels.library import define, flop_formula, statistics_dtype
 
 # Logits held at once, in elements: 16 MiB of fp32.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+
 from triptych.kernels import dispatch
 from triptych.kernels.rms_norm import reference
 from triptych.kernels.rms_norm import torch as fast

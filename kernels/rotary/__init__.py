@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+
 from triptych.kernels import dispatch
 from triptych.kernels.rotary import reference
 from triptych.kernels.rotary import torch as fast

@@ -6,6 +6,7 @@ B batch, T length, H heads, P head dim, G groups, N state, docs packed documents
 from __future__ import annotations
 
 from torch import Tensor
+
 from triptych.kernels import dispatch
 from triptych.kernels.library import statistics_dtype
 from triptych.kernels.segments import check_cu_seqlens

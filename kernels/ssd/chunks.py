@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from triptych.kernels.library import statistics_dtype
 
 # Elements of the (L, L) decay matrices that exist at a time: bounds memory, and keeps them in a CPU's cache.

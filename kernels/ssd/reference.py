@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
 from triptych.kernels.library import statistics_dtype
 from triptych.kernels.segments import document_bounds
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
 from triptych.kernels.ssd.chunks import Chunks, cut, pad_time
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from triptych.kernels.library import define, flop_formula, statistics_dtype
 from triptych.kernels.segments import document_bounds, segment_ids
 from triptych.kernels.ssd import scan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+
 from triptych.kernels import dispatch
 from triptych.kernels.swiglu import reference
 from triptych.kernels.swiglu import torch as fast

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from triptych.kernels.library import define, statistics_dtype
 
 

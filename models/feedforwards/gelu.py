@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+
 from triptych import kernels
 from triptych.models.config import ModelConfig
 from triptych.models.context import Context

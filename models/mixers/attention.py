@@ -10,6 +10,7 @@ import functools
 
 import torch
 from torch import nn
+
 from triptych import kernels
 from triptych.models.config import ModelConfig, require_divides
 from triptych.models.context import Context

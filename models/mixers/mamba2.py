@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from triptych import kernels
 from triptych.models.config import ModelConfig, require_divides
 from triptych.models.context import Context

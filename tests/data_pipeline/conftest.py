@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from triptych.data_pipeline import IndexedWriter
 
 WriteCorpus = Callable[..., str]

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+
 from triptych.data_pipeline.building import Processes
 
 # Functions of the standard library, so that the processes have nothing of the tests to import.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from triptych.data_pipeline import IGNORE, IndexedWriter, PackedDataset, SequentialDataset, SourceConfig
 
 from .conftest import WriteCorpus

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from triptych.data_pipeline import IndexedTokens, IndexedWriter, best_dtype
 
 from .conftest import WriteCorpus

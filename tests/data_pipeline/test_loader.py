@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from triptych.data_pipeline import (
     IGNORE,
     BatchLoader,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from triptych.data_pipeline import IndexedTokens, IndexedWriter, best_dtype
 
 from .conftest import WriteCorpus

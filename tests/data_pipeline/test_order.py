@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from triptych.data_pipeline.order import Mixture, key, permutation
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from triptych.data_pipeline import CorpusReport, IndexedTokens, Manifest, TextCorpusOptions, TextTokenizer
 from triptych.data_pipeline.building import is_held_out
 from triptych.data_pipeline.sources import STDLIB, cut_units, find_files, read_unit

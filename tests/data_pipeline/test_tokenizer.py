@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from triptych.data_pipeline import TextTokenizer, train_tokenizer
 
 TEXTS = ["def f(x):\n    return x\n" * 20, "the cat sat on the mat, the cat sat " * 20, "größer, 日本語"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from triptych.data_pipeline import DataConfig, TextCorpusOptions, check_vocabulary, train_tokenizer
 from triptych.data_pipeline.text import build_text_corpus
 

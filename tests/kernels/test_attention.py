@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
 from triptych.kernels import attention, dropout
 
 FP32_FLOOR = 2e-6

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
 from triptych.kernels import causal_conv1d
 from triptych.kernels.causal_conv1d.torch import causal_conv1d_backward_op, causal_conv1d_op
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from triptych.kernels import dispatch, swiglu, table
 
 CPU = torch.device("cpu")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
 from triptych.kernels import dropout
 from triptych.kernels.dropout.torch import dropout_op
 

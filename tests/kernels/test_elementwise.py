@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from triptych.kernels import gelu, rotary, swiglu
 from triptych.kernels.rotary.torch import rotary_op
 from triptych.kernels.swiglu.torch import swiglu_backward_op, swiglu_op

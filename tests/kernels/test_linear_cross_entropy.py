@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
 from triptych.kernels import linear_cross_entropy
 from triptych.kernels.linear_cross_entropy.torch import linear_logsumexp_backward_op, linear_logsumexp_op
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from triptych.kernels import layer_norm, rms_norm
 from triptych.kernels.rms_norm.torch import rms_norm_backward_op, rms_norm_op
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from triptych.kernels import hash_bits, hash_normal, hash_uniform, string_key
 from triptych.kernels.random import mix64
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from triptych.kernels.segments import check_cu_seqlens, document_bounds, segment_ids
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
 from triptych.kernels import ssd, ssd_step
 from triptych.kernels.ssd import scan
 from triptych.kernels.ssd.torch import ssd_backward_op, ssd_op

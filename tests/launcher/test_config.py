@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from triptych.launcher import config as configuration
 from triptych.launcher.config import ConfigError, load, parse_override
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 from rich.console import Console
+
 from triptych.launcher import errors, processes, progress, ray_train, rundir
 from triptych.launcher.config import load
 from triptych.launcher.rundir import RunDir

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+
 from triptych.data_pipeline.indexed import IndexedWriter
 from triptych.launcher import cli, processes
 from triptych.launcher import config as configuration

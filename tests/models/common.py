@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+
 from triptych import models
 from triptych.models.sharding import Cut, Shards
 

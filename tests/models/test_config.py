@@ -2,10 +2,10 @@ import math
 
 import pytest
 from pydantic import ValidationError
-from triptych.models.config import LayerSpec, ModelConfig
-from triptych.models.registry import register_ffn, register_mixer
 
 from tests.models.common import small_config
+from triptych.models.config import LayerSpec, ModelConfig
+from triptych.models.registry import register_ffn, register_mixer
 
 
 def specs(num_layers: int = 4, **overrides) -> list[str]:

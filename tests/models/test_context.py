@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from triptych.models.cache import Cache
 from triptych.models.context import build_context, document_bounds
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from triptych import models
-from triptych.models.context import Context
 
 from tests.models.common import random_tokens, small_config, small_model
+from triptych import models
+from triptych.models.context import Context
 
 SIZES = {
     "hidden_size": 64,

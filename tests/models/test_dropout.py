@@ -1,8 +1,8 @@
 import pytest
 import torch
-from triptych.models.dropout import Dropout, salt_dropouts
 
 from tests.models.common import random_tokens, small_config, small_model
+from triptych.models.dropout import Dropout, salt_dropouts
 
 KEYS = torch.tensor([11, 22, 33])
 

@@ -2,10 +2,10 @@ import sys
 
 import pytest
 import torch
-from triptych import models
-from triptych.models.generate import pick
 
 from tests.models.common import random_tokens, small_config, small_model
+from triptych import models
+from triptych.models.generate import pick
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.models.common import small_config
 from triptych import models
 from triptych.models import init
 from triptych.models.init import fill
-
-from tests.models.common import small_config
 
 
 def drawn(distribution: init.Init, *shape: int, seed: int = 0, name: str = "w") -> torch.Tensor:

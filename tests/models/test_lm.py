@@ -3,7 +3,6 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from triptych import models
 
 from tests.models.common import (
     ThreadShards,
@@ -14,6 +13,7 @@ from tests.models.common import (
     small_model,
     window_of,
 )
+from triptych import models
 
 PATTERNS = ["M*", "M-*-", ["mamba2+gelu", "attention+none", "none+swiglu"]]
 

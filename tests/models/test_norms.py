@@ -1,8 +1,8 @@
 import pytest
 import torch
-from triptych.models.norms import GatedRMSNorm, LayerNorm, RMSNorm, build_norm
 
 from tests.models.common import ThreadShards, on_ranks, set_parameter, small_config
+from triptych.models.norms import GatedRMSNorm, LayerNorm, RMSNorm, build_norm
 
 
 def test_the_norm_is_the_one_that_the_configuration_names():

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+
+from tests.parallel.training import model_config
 from triptych.models.config import ModelConfig
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.layout import Layout, build_mesh
-
-from tests.parallel.training import model_config
 
 Distributed = Callable[..., list[Any]]
 

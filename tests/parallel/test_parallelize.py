@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from triptych.models.config import ModelConfig
-from triptych.parallel.config import ParallelConfig
 
 from tests.parallel import training
+from triptych.models.config import ModelConfig
+from triptych.parallel.config import ParallelConfig
 
 Distributed = Callable[..., list[Any]]
 TOLERANCE = 1e-9

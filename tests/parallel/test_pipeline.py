@@ -8,10 +8,10 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triptych.parallel import local, pipeline
-from triptych.parallel.pipeline import cut_stages, partition
 
 from tests.parallel.training import model_config
+from triptych.parallel import local, pipeline
+from triptych.parallel.pipeline import cut_stages, partition
 
 
 @settings(deadline=None, max_examples=60)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tests.parallel.training import model_config, parallel_model
 from triptych.models.config import ModelConfig
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.shards import ShardInfo
-
-from tests.parallel.training import model_config, parallel_model
 
 Distributed = Callable[..., list[Any]]
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+
+from tests.parallel.training import SEQ_LEN, global_batch, model_config
 from triptych import models
 from triptych.parallel.collectives import (
     Axis,
@@ -22,8 +24,6 @@ from triptych.parallel.config import Recompute
 from triptych.parallel.recompute import apply_recompute
 from triptych.parallel.regather import gather_sequence_twice
 from triptych.parallel.tensor import apply_tensor_parallel
-
-from tests.parallel.training import SEQ_LEN, global_batch, model_config
 
 Distributed = Callable[..., list[Any]]
 

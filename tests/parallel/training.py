@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from triptych import models
 from triptych.models.config import ModelConfig
 from triptych.parallel.config import ParallelConfig

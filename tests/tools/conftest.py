@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from triptych.parallel.local import run_local
 from triptych.training.metrics import StepReport
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from triptych.data_pipeline import TextCorpusOptions, build_text_corpus
 from triptych.data_pipeline.config import DataConfig
 from triptych.models import ModelConfig

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from triptych.parallel.collectives import Axis
 from triptych.parallel.config import ParallelConfig
 from triptych.tools import activations

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+
 from triptych.tools import bench
 from triptych.tools.bench import Case, Comparison, Side, bench_train, cases, largest_difference
 from triptych.tools.bench_weights import load_into_transformers, unfuse

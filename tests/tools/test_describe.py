@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+
 from triptych.models import build, flops_per_token
 from triptych.tools.describe import describe
 

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from triptych.data_pipeline import bigram_baseline, open_validation
 from triptych.parallel.local import run_local
 from triptych.tools.evaluate import evaluate

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
 from triptych.tools.kept import hook_bytes, kept_by_backward, total_bytes
 
 ROWS, SIZE = 10, 16

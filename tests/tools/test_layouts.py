@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from triptych.parallel.config import ParallelConfig
 from triptych.tools.layouts import DEFAULT, default_layouts, parse_layout
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from triptych.tools.describe import _held, _ranges
 from triptych.tools.render import bytes_text, count_text
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from triptych.data_pipeline import train_tokenizer
 from triptych.tools.sample import sample
 

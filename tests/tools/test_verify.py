@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.local import run_local
 from triptych.tools import verify as verify_module

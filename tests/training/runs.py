@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
 from triptych.data_pipeline.config import DataConfig
 from triptych.data_pipeline.indexed import IndexedWriter
 from triptych.models.config import ModelConfig

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+
 from triptych.training import checkpoint, store
 from triptych.training.checkpoint import Checkpointer
 from triptych.training.shards import Window

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+
 from triptych.training.config import CheckpointConfig, LogConfig, TrainConfig
 
 GOOD = {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2}

@@ -16,6 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from tests.training.runs import CPU, Fault, Stopped, checked_run, fit, fit_ranks, make_run, write_corpus
 from triptych import models
 from triptych.training import checkpoint, store
 from triptych.training.errors import NonFiniteLoss
@@ -23,8 +25,6 @@ from triptych.training.loading import load_model
 from triptych.training.metrics import StepReport
 from triptych.training.session import build
 from triptych.training.shards import Window
-
-from tests.training.runs import CPU, Fault, Stopped, checked_run, fit, fit_ranks, make_run, write_corpus
 
 TP2_DP2 = {"tp": 2, "dp_shard": 2}
 PP2 = {"pp": 2, "recompute": "selective"}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from triptych.training.metrics import MetricsWriter, StepReport, memory_bytes, peak_flops, peak_of, truncate
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+
+from tests.training.runs import make_run
 from triptych import models
 from triptych.training import optimizer as module
 from triptych.training.config import OptimizerConfig
 from triptych.training.optimizer import AdamW, decays
-
-from tests.training.runs import make_run
 
 CONFIG = OptimizerConfig(lr=0.02, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
 

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
+
 from triptych.training import recovery, store
 from triptych.training.checkpoint import Checkpointer
 from triptych.training.errors import NonFiniteLoss

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
 from triptych.training.shards import (
     Reader,
     Window,

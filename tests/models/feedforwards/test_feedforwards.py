@@ -1,11 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
+from tests.models.common import set_parameter, small_config, small_model, window_of
 from triptych import models
 from triptych.models.context import Context
 from triptych.models.feedforwards.swiglu import default_intermediate_size
-
-from tests.models.common import set_parameter, small_config, small_model, window_of
 
 
 def build(kind: str) -> torch.nn.Module:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from triptych import models
-from triptych.models.context import Context
 
 from tests.models.common import on_ranks, random_tokens, set_parameter, small_config, small_model, window_of
+from triptych import models
+from triptych.models.context import Context
 
 transformers = pytest.importorskip("transformers")
 

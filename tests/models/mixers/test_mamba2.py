@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from triptych.models.context import Context, build_context
-from triptych.models.mixers import Mamba2
 
 from tests.models.common import ThreadShards, on_ranks, set_parameter, small_config, small_model, window_of
+from triptych.models.context import Context, build_context
+from triptych.models.mixers import Mamba2
 
 
 def build(num_groups: int = 2, dtype: torch.dtype = torch.float64, **settings) -> Mamba2:
