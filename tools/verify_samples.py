@@ -46,4 +46,9 @@ def corpus_samples(run: RunSections, count: int) -> dict[str, Tensor]:
         raise ValueError(f"{error}; or give --synthetic to verify on random tokens") from error
     with BatchLoader(dataset, count, count, read_ahead=0) as loader:
         (samples,) = next(loader)
-    return dict(samples)
+    return {
+        "tokens": samples["tokens"],
+        "targets": samples["targets"],
+        "document_ids": samples["document_ids"],
+        "sample_keys": samples["sample_keys"],
+    }
