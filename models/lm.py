@@ -5,6 +5,9 @@ Shape legend: B batch, T length, C hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import ValuesView
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -15,6 +18,13 @@ from triptych.models.context import build_context
 from triptych.models.dropout import salt_dropouts
 from triptych.models.norms import build_norm
 from triptych.models.vocabulary import Embedding, Head
+
+
+class Blocks(nn.ModuleDict):
+    """Blocks by their number in the whole model, written as a string."""
+
+    def values(self) -> ValuesView[Block]:
+        return cast("ValuesView[Block]", super().values())
 
 
 class LanguageModel(nn.Module):
@@ -41,7 +51,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = Embedding(config) if first else None
         specs = config.layer_specs()
-        self.blocks = nn.ModuleDict({str(layer): Block(config, specs[layer], layer) for layer in layers})
+        self.blocks = Blocks({str(layer): Block(config, specs[layer], layer) for layer in layers})
         self.norm = build_norm(config) if last else None
         self.head = Head(config) if last else None
         salt_dropouts(self)

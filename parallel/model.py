@@ -91,16 +91,16 @@ class ParallelModel:
         With data sharding FSDP2 has done it in backward, and nothing is left here.
         """
         partial = [
-            parameter
+            (parameter, parameter.grad)
             for _, parameter in self.named_parameters()
             if isinstance(parameter.grad, DTensor) and any(p.is_partial() for p in parameter.grad.placements)
         ]
         if not partial:
             return
-        locals_ = [local_part(parameter.grad) for parameter in partial]
+        locals_ = [local_part(gradient) for _, gradient in partial]
         buffer = torch.cat([local.flatten() for local in locals_])
         dist.all_reduce(buffer, group=self._tp.get_group())
-        for parameter, flat in zip(partial, buffer.split([local.numel() for local in locals_])):
+        for (parameter, _), flat in zip(partial, buffer.split([local.numel() for local in locals_])):
             reduced = flat.view(parameter.shape)
             parameter.grad = DTensor.from_local(reduced, self._tp, [Replicate()], run_check=False)
 

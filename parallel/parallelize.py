@@ -66,8 +66,7 @@ def parallelize(
     # 3. recomputation
     apply_recompute(module, parallel_config.recompute)
     if autocast_dtype is not None:
-        # Around forward alone: backward's matmuls take their dtypes from what forward saved.
-        module.forward = torch.autocast(device.type, autocast_dtype)(module.forward)
+        _autocast_forward(module, device, autocast_dtype)
     _return_no_view(module)
     # 4. data sharding; a pipeline stage keeps its whole parameters from one micro-batch to the next
     apply_data_sharding(module, mesh["dp_replicate", "dp_shard"], reshard_after_forward=pp.size() == 1)
@@ -96,6 +95,11 @@ def _local_window(
     held, local = window(parameter), local_part(parameter)
     assert tuple(local.shape) == held.shape, f"{name}: {tuple(local.shape)} is held where {held} was expected"
     return local, held.offset, held.global_shape
+
+
+def _autocast_forward(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Around forward alone: backward's matmuls take their dtypes from what forward saved."""
+    module.forward = torch.autocast(device.type, dtype)(module.forward)
 
 
 def _return_no_view(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from triptych.models.lm import LanguageModel
@@ -22,11 +23,15 @@ def apply_recompute(model: LanguageModel, policy: Recompute) -> None:
     again with the block, on every rank in the same order."""
     if policy == "full":
         for block in model.blocks.values():
-            block.forward = _checkpointed(block.forward)
+            _recompute(block, "forward")
     elif policy == "selective":
         for module in model.modules():
             for name in getattr(module, "selective", ()):
-                setattr(module, name, _checkpointed(getattr(module, name)))
+                _recompute(module, name)
+
+
+def _recompute(module: nn.Module, method: str) -> None:
+    setattr(module, method, _checkpointed(getattr(module, method)))
 
 
 def _checkpointed(function: Callable[..., Any]) -> Callable[..., Any]:

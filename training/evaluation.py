@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class MicroBatchLoss:
         return total / self.divisor
 
 
-def to_device(batches: Iterable[Batch], device: torch.device) -> list[Batch]:
+def to_device(batches: Iterable[Mapping[str, Any]], device: torch.device) -> list[Batch]:
     """Micro-batches on the model's device; values that are no tensors stay."""
     return [
         {
@@ -83,7 +84,7 @@ def global_sums(
 def evaluate(
     model: ParallelModel,
     objective: Objective,
-    batches: Iterable[list[Batch]],
+    batches: Iterable[Sequence[Mapping[str, Any]]],
     *,
     device: torch.device,
     step: int,

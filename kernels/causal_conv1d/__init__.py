@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from triptych.kernels import dispatch
@@ -11,6 +13,34 @@ from triptych.kernels.segments import check_cu_seqlens
 
 dispatch.register("causal_conv1d", dispatch.Form("torch", fast.causal_conv1d))
 dispatch.register("causal_conv1d", dispatch.Form("reference", reference.causal_conv1d))
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: Literal[False] = False,
+    cu_seqlens: Tensor | None = None,
+    form: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: Literal[True],
+    cu_seqlens: Tensor | None = None,
+    form: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def causal_conv1d(

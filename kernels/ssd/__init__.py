@@ -5,6 +5,8 @@ B batch, T length, H heads, P head dim, G groups, N state, docs packed documents
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from triptych.kernels import dispatch
@@ -15,6 +17,40 @@ from triptych.kernels.ssd import torch as fast
 
 dispatch.register("ssd", dispatch.Form("torch", fast.ssd))
 dispatch.register("ssd", dispatch.Form("reference", reference.ssd))
+
+
+@overload
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *,
+    d: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: Literal[False] = False,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int = 64,
+    form: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *,
+    d: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: Literal[True],
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int = 64,
+    form: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def ssd(

@@ -106,13 +106,13 @@ class _Gradients:
 
     def __init__(self, s: Chunks, state_size: int) -> None:
         self.s = s
-        shape, options = s.x.shape, {"dtype": s.dtype, "device": s.x.device}
+        shape = s.x.shape
         # First of xdt as far as it reaches later chunks, then of x.
-        self.dx = torch.empty(shape, **options)  # (K, L, G, R, P)
-        self.ddt = torch.empty(shape[:4], **options)
+        self.dx = s.x.new_empty(shape, dtype=s.dtype)  # (K, L, G, R, P)
+        self.ddt = s.x.new_empty(shape[:4], dtype=s.dtype)
         # In fp64: what a token adds here and takes away there must cancel in the sums over tokens.
         self.dq = torch.zeros_like(s.cumulative)  # (K, G, R, L)
-        self.db = torch.empty(s.b.shape[0], shape[1], state_size, **options)  # (K*G, L, N)
+        self.db = s.x.new_empty((s.b.shape[0], shape[1], state_size), dtype=s.dtype)  # (K*G, L, N)
         self.dc = torch.empty_like(self.db)
 
     def carried(self, tile: slice, dy_decayed: Tensor, before: Tensor, dafter: Tensor) -> None:
