@@ -281,6 +281,24 @@ def evaluate(
     _show(report, as_json)
 
 
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Run directories; the first is the yardstick.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Training losses of runs side by side, at the steps that all of them logged.
+
+    \b
+    triptych compare runs/one-rank runs/tp2
+    triptych compare runs/a runs/b runs/c --json
+    """
+    from triptych.tools.compare import compare as run
+
+    _show(run(runs), as_json)
+
+
 @bench_app.command("train")
 def bench_train(
     repeats: Annotated[int, typer.Option(help="Timed runs of each side.")] = 5,

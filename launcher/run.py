@@ -57,24 +57,19 @@ def resolve(
 
 def preflight(config: RunConfig, *, in_process: bool = False) -> None:
     """Raises ValueError, before any process is started, for a layout or a corpus that cannot serve."""
-    from triptych.data_pipeline.indexed import IndexedTokens
-    from triptych.data_pipeline.vocabulary import check_vocabulary
-    from triptych.parallel.layout import Layout
+    from triptych.data_pipeline.dataset import PackedDataset, SequentialDataset
+    from triptych.training.check import check
 
     if in_process and config.parallel.world_size != 1:
         raise ValueError(
             f"--in-process runs one rank but the layout has {config.parallel.world_size}; "
             "leave --in-process out, or set the degrees under parallel: to 1"
         )
-    Layout(config.parallel).check(
-        config.model,
-        seq_len=config.data.seq_len,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-    )
-    for source in (*config.data.sources, *(config.data.valid or ())):
-        IndexedTokens(source.path)
-    check_vocabulary(config.data, config.model.vocab_size)
+    check(config)
+    # The workers will open them likewise; neither the seed nor a limit can make that fail.
+    PackedDataset(config.data.sources, config.data.seq_len, 0)
+    if config.data.valid:
+        SequentialDataset(config.data.valid, config.data.seq_len)
 
 
 def show_plan(config: RunConfig, directory: RunDir) -> None:

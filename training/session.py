@@ -19,11 +19,11 @@ import torch.distributed as dist
 
 from triptych.data_pipeline.dataset import PackedDataset, SequentialDataset
 from triptych.data_pipeline.loader import BatchLoader, open_training, open_validation
-from triptych.data_pipeline.vocabulary import check_vocabulary
 from triptych.parallel.layout import Layout, build_mesh
 from triptych.parallel.model import ParallelModel
 from triptych.parallel.parallelize import parallelize
 from triptych.training import recovery, schedule, store
+from triptych.training.check import check
 from triptych.training.checkpoint import Checkpointer
 from triptych.training.errors import NonFiniteLoss
 from triptych.training.evaluation import (
@@ -88,22 +88,6 @@ def build(
         if owns_group:
             dist.destroy_process_group()
         raise
-
-
-def check(run: RunSections) -> None:
-    """Raise ValueError for what one process can see to be wrong; reads the data's headers."""
-    Layout(run.parallel).check(
-        run.model,
-        seq_len=run.data.seq_len,
-        global_batch_size=run.train.global_batch_size,
-        micro_batch_size=run.train.micro_batch_size,
-    )
-    check_vocabulary(run.data, run.model.vocab_size)
-    if run.train.eval_every and not run.data.valid:
-        raise ValueError(
-            f"train.eval_every={run.train.eval_every} needs validation data; name it in data.valid or set "
-            "train.eval_every=0"
-        )
 
 
 class Session:

@@ -63,6 +63,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with IndexedWriter(place / split, dtype=np.uint16) as writer:
             for length in generator.integers(20, 200, size=60):
                 writer.add_document(generator.integers(0, 64, size=length))
+    with IndexedWriter(place / "short", dtype=np.uint16) as writer:
+        writer.add_document(np.arange(9))
     values = {
         "name": "test",
         "model": {
@@ -196,7 +198,7 @@ class TestWithoutWorkers:
         assert code == 2 and output.startswith("error: no configuration at nowhere.yaml")
 
     @pytest.mark.parametrize(
-        "verb", ["train", "describe", "data text", "verify", "sample", "evaluate", "doctor"]
+        "verb", ["train", "describe", "data text", "verify", "sample", "evaluate", "compare", "doctor"]
     )
     def test_every_verb_shows_examples(self, say: Callable[..., tuple[int, str]], verb: str) -> None:
         code, output = say(*verb.split(), "--help")
@@ -213,6 +215,13 @@ class TestWithoutWorkers:
             (["test.yaml", "--in-process"], "--in-process runs one rank but the layout has 2"),
             (["test.yaml", "data.sources=[missing]"], "triptych data text"),
             (["test.yaml", "model.vocab_size=32"], "vocab_size=32"),
+            (["test.yaml", "data.sources=[short]"], "source short has 9 tokens, fewer than one sample needs"),
+            (["test.yaml", "data.valid=[short]"], "source short has 9 tokens, fewer than one sample needs"),
+            (
+                ["test.yaml", "data.sources=[train, {path: valid, weight: 1e-9}]"],
+                "weight=1e-09 of source valid is below",
+            ),
+            (["test.yaml", "data.valid=null"], "train.eval_every=6 needs validation data"),
             (["--resume", "nowhere"], "there is no config.yaml"),
             (["--resume", "a", "--run-dir", "b"], "leave --run-dir out"),
             (["test.yaml", "--run-dir", "test.yaml"], "is a file"),
@@ -242,6 +251,20 @@ class TestWithoutWorkers:
         code, output = say("train", "test.yaml", "--dry-run")
         assert code == 0 and "dry run: nothing was started" in output
         assert not (workplace / "runs").exists()
+
+    def test_compare_lays_runs_side_by_side(
+        self, say: Callable[..., tuple[int, str]], workplace: Path
+    ) -> None:
+        for name, loss in (("one", 5.0), ("other", 4.5)):
+            (workplace / name).mkdir()
+            record = {"step": 3, "loss": loss}
+            (workplace / name / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        code, output = say("compare", "one", "other")
+        assert code == 0 and "5.000000" in output and "4.500000" in output and "5.0e-01" in output
+        code, output = say("compare", "one", "other", "--json")
+        assert code == 0 and json.loads(output)["largest_difference"] == {"one": 0.0, "other": 0.5}
+        code, output = say("compare", "one", "nowhere")
+        assert code == 2 and output.startswith("error: nowhere is no run directory")
 
     def test_debug_shows_the_traceback(self, say: Callable[..., tuple[int, str]]) -> None:
         code, output = say("train", "nowhere.yaml", "--debug")
