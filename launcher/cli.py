@@ -410,11 +410,10 @@ def execute(arguments: list[str]) -> int:
 
 def _tell(error: Exception, debug: bool) -> None:
     if debug or not is_meant(error):
-        traceback.print_exc()
-        typer.echo(getattr(error, "details", ""), err=True)
-    if is_meant(error):
+        typer.echo(getattr(error, "details", "") or traceback.format_exc(), err=True)
+    if isinstance(error, RunFailed) or is_meant(error):
         typer.echo(f"error: {error}", err=True)
-    else:
+    if not is_meant(error):
         typer.echo("error: a defect of triptych, or of something below it; see the traceback", err=True)
 
 

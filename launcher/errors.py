@@ -5,20 +5,44 @@
 
 from __future__ import annotations
 
+import dis
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+
+_REMOTE = ("_RemoteTraceback", "RankError")
+"""Causes that hold the traceback of another process: of concurrent.futures, and of parallel.local."""
+_FRAME = re.compile(r'^ *File "(.+)", line \d+, in .+\n *(.*)$', re.MULTILINE)
 
 
 class RunFailed(RuntimeError):
     """A run ended without its result; the message is all that a person needs."""
 
-    def __init__(self, message: str, exit_code: int = FAILED, details: str = "") -> None:
+    def __init__(
+        self, message: str, exit_code: int = FAILED, details: str = "", is_defect: bool = False
+    ) -> None:
         super().__init__(message)
         self.exit_code = exit_code
         """The process's."""
         self.details = details
         """The traceback of the rank that failed, shown with --debug and for our own defects."""
+        self.is_defect = is_defect
+        """Whether what failed a rank was no message for people."""
+
+    @classmethod
+    def of(cls, failure: Mapping[str, Any], prefix: str = "") -> RunFailed:
+        """From a run directory's failure.json."""
+        return cls(
+            prefix + failure["message"],
+            int(failure["exit_code"]),
+            failure["traceback"],
+            bool(failure["is_defect"]),
+        )
 
 
 class Terminated(BaseException):
@@ -35,26 +59,44 @@ def is_retryable(error: BaseException) -> bool:
     """Whether restarting the workers from the last checkpoint may get past `error`.
 
     Peers that vanish, networks and file systems show as RuntimeError (torch.distributed) or OSError. Anything
-    else would meet the same data with the same numbers, and fail again.
+    else would meet the same data with the same numbers, and fail again; what the machine lacks, which is what
+    our own RuntimeErrors say, it would lack again.
     """
     declared = getattr(error, "retryable", None)
     if declared is not None:
         return bool(declared)
-    if isinstance(error, NotImplementedError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, NotImplementedError) or _is_out_of_memory(error):
+        return False
+    if isinstance(error, RuntimeError) and is_meant(error):
         return False
     return isinstance(error, RuntimeError | OSError | EOFError)
 
 
 def is_meant(error: BaseException) -> bool:
-    """Whether `error` is a message for people: raised by triptych on purpose, not within some library."""
+    """Whether `error` is a message for people, and no defect of ours.
+
+    It is one when triptych raised it on purpose: a ValueError or RuntimeError of a `raise` statement of ours,
+    not of a library, and not of an operator that we called. A file system that refuses, and a machine that
+    runs out of memory, say themselves what is wrong.
+    """
     if isinstance(error, RunFailed):
+        return not error.is_defect
+    if isinstance(error, OSError) or _is_out_of_memory(error):
         return True
     if not isinstance(error, ValueError | RuntimeError):
         return False
+    if type(error.__cause__).__name__ in _REMOTE:
+        return _ends_in_our_raise(str(error.__cause__))
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("triptych.")
+    if trace is None:
+        return False
+    # Under `python -m` our module is called __main__; its spec has the name.
+    names = trace.tb_frame.f_globals
+    module = getattr(names.get("__spec__"), "name", None) or names.get("__name__", "")
+    instruction = dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]]
+    return _is_ours(module) and instruction == "RAISE_VARARGS"
 
 
 def exit_code(error: BaseException) -> int:
@@ -62,3 +104,18 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, RunFailed):
         return error.exit_code
     return BAD_INPUT if isinstance(error, ValueError) and is_meant(error) else FAILED
+
+
+def _ends_in_our_raise(text: str) -> bool:
+    """`is_meant` of a traceback that was printed in another process."""
+    frames = _FRAME.findall(text)
+    ours = {getattr(module, "__file__", None) for name, module in sys.modules.items() if _is_ours(name)}
+    return bool(frames) and frames[-1][0] in ours and frames[-1][1].startswith("raise ")
+
+
+def _is_ours(module: str) -> bool:
+    return module.startswith("triptych.")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -80,9 +80,7 @@ class _Fit(threading.Thread):
 def _raise_failure(fit: _Fit, directory: RunDir) -> None:
     failure = directory.failure()
     if failure is not None:
-        raise RunFailed(
-            f"rank {failure['rank']}: {failure['message']}", int(failure["exit_code"]), failure["traceback"]
-        )
+        raise RunFailed.of(failure, f"rank {failure['rank']}: ")
     if fit.error is not None:
         raise RunFailed(
             f"the workers failed and were not restarted any more: {first_line(fit.error)} "

@@ -104,7 +104,8 @@ def train(config: RunConfig, directory: RunDir, *, in_process: bool = False) -> 
             display.note(_how_to_go_on(directory), style="bold")
             raise
         except RunFailed as error:
-            raise RunFailed(f"{error}\n{_how_to_go_on(directory)}", error.exit_code, error.details) from error
+            message = f"{error}\n{_how_to_go_on(directory)}"
+            raise RunFailed(message, error.exit_code, error.details, error.is_defect) from error
     seconds = time.monotonic() - started
     if not display.last:
         done = f"{directory.latest_checkpoint()} has all {config.train.steps} steps"
@@ -149,7 +150,7 @@ def _launch(config: RunConfig, directory: RunDir, display: Display, in_process: 
     code = run_in_process(config, directory, display)
     failure = directory.failure()
     if code and failure:
-        raise RunFailed(failure["message"], code, failure["traceback"])
+        raise RunFailed.of(failure)
 
 
 def _how_to_go_on(directory: RunDir) -> str:

@@ -82,11 +82,14 @@ class RunDir:
         with _event_lock, self.progress_file.open("a", encoding="utf-8") as file:
             file.write(line)
 
-    def record_failure(self, error: BaseException, *, rank: int, exit_code: int) -> None:
+    def record_failure(
+        self, error: BaseException, *, rank: int, exit_code: int, is_defect: bool = False
+    ) -> None:
         """Write failure.json. The first rank to fail is kept: the others fail because of it."""
         record = {
             "type": type(error).__name__,
-            "message": str(error),
+            "message": f"{type(error).__name__}: {error}" if is_defect else str(error),
+            "is_defect": is_defect,
             "traceback": "".join(traceback.format_exception(type(error), error, error.__traceback__)),
             "rank": rank,
             "exit_code": exit_code,

@@ -77,7 +77,9 @@ def run_worker(
             log.exception("rank %d failed", rank)
             if is_retryable(error):
                 raise
-            directory.record_failure(error, rank=rank, exit_code=exit_code(error))
+            directory.record_failure(
+                error, rank=rank, exit_code=exit_code(error), is_defect=not is_meant(error)
+            )
             return exit_code(error)
 
 

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import concurrent.futures.process
 import io
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import threading
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from triptych.data_pipeline.config import SourceConfig
+from triptych.data_pipeline.dataset import PackedDataset
+from triptych.data_pipeline.indexed import IndexedWriter
+from triptych.data_pipeline.loader import BatchLoader
 from triptych.launcher import errors, processes, progress, ray_train, rundir
 from triptych.launcher.config import load
 from triptych.launcher.rundir import RunDir
+from triptych.parallel import local
+from triptych.training import store
+from triptych.training.checkpoint import Checkpointer
 from triptych.training.errors import NonFiniteLoss
 
 NEEDS = {"CPU": 1.0}
@@ -217,6 +229,60 @@ class TestErrors:
         with pytest.raises(ValueError) as theirs:
             int("x")
         assert not errors.is_meant(theirs.value) and errors.exit_code(theirs.value) == 1
+        # Our function, but the raise is that of an operator it calls.
+        with pytest.raises(ValueError) as called:
+            progress.duration(float("nan"))
+        assert not errors.is_meant(called.value)
+
+    def test_what_the_file_system_refuses_is_told_by_itself(self, tmp_path: Path) -> None:
+        with pytest.raises(OSError) as refused:
+            (tmp_path / "absent" / "file").write_text("")
+        assert errors.is_meant(refused.value) and errors.exit_code(refused.value) == 1
+
+    def test_a_token_outside_the_vocabulary_found_by_the_reading_thread(self, tmp_path: Path) -> None:
+        with IndexedWriter(tmp_path / "corpus", dtype=np.uint16) as writer:
+            writer.add_document(np.arange(40))
+        dataset = PackedDataset([SourceConfig(path=str(tmp_path / "corpus"))], 16, 0, vocab_size=32)
+        with BatchLoader(dataset, 2, 1) as loader, pytest.raises(ValueError, match="holds token") as caught:
+            next(loader)
+        assert errors.is_meant(caught.value) and errors.exit_code(caught.value) == 2
+
+    def test_no_valid_checkpoint(self, tmp_path: Path) -> None:
+        (tmp_path / "step-00000003").mkdir()
+        with pytest.raises(ValueError, match="no checkpoint is valid") as caught:
+            store.find_latest(tmp_path)
+        assert errors.is_meant(caught.value) and errors.exit_code(caught.value) == 2
+
+    def test_a_checkpoint_that_cannot_be_written(self, tmp_path: Path) -> None:
+        checkpointer = Checkpointer(tmp_path)
+        checkpointer.save(3, [], {"no JSON": object()})
+        with pytest.raises(RuntimeError, match="saving step 3 failed: rank 0: TypeError") as caught:
+            checkpointer.wait()
+        assert errors.is_meant(caught.value) and errors.exit_code(caught.value) == 1
+        assert not errors.is_retryable(caught.value), "what fails without a fault of the machine fails again"
+
+    @pytest.mark.parametrize(
+        ("raises", "meant"), [(lambda: load("nowhere.yaml"), True), (lambda: int("x"), False)]
+    )
+    def test_errors_of_other_processes_keep_their_meaning(
+        self, raises: Callable[[], Any], meant: bool
+    ) -> None:
+        def from_pool(error: Exception) -> None:
+            sent = pickle.dumps(
+                concurrent.futures.process._ExceptionWithTraceback(error, error.__traceback__)
+            )
+            raise pickle.loads(sent)
+
+        def from_rank(error: Exception) -> None:
+            local._raise_from(local._Report(0, 0.0, None, pickle.dumps(error), traceback.format_exc()))
+
+        for resend in (from_pool, from_rank):
+            with pytest.raises(ValueError) as caught:
+                try:
+                    raises()
+                except ValueError as error:
+                    resend(error)
+            assert errors.is_meant(caught.value) is meant
 
 
 class TestProcesses:

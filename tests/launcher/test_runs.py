@@ -287,10 +287,29 @@ class TestOneProcess:
         code, output = run("train", "--resume", "alone", "--in-process")
         assert code == 0 and f"has all {STEPS} steps" in output
 
+    def test_bad_input_that_only_the_worker_sees(
+        self, say: Callable[..., tuple[int, str]], workplace: Path
+    ) -> None:
+        (workplace / "torn" / "checkpoints" / "step-00000003").mkdir(parents=True)
+        code, output = say("train", "test.yaml", "parallel.tp=1", "--in-process", "--run-dir", "torn")
+        assert code == 2 and "Traceback" not in output
+        assert "error: no checkpoint is valid: " in output and "it was never finished" in output
+
+    def test_a_defect_in_a_worker_shows_its_traceback(
+        self, say: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from triptych.training import session
+
+        monkeypatch.setattr(session, "build", lambda *arguments, **keywords: {}["a key"])
+        code, output = say("train", "test.yaml", "parallel.tp=1", "--in-process", "--run-dir", "defect")
+        assert code == 1 and "Traceback" in output and "error: KeyError: 'a key'" in output
+        assert "a defect of triptych" in output
+
     def test_torchrun_with_another_number_of_processes(self, run: Callable[..., tuple[int, str]]) -> None:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
         code, output = run("test.yaml", command=[*torchrun, "-m", "triptych.launcher.worker"])
-        assert code != 0 and "the layout has 2 ranks but 1 processes run" in output
+        assert code != 0 and "error: rank 0: the layout has 2 ranks but 1 processes run" in output
+        assert "error: rank 0: ValueError" not in output, "raised in __main__, and meant all the same"
 
     def test_the_worker_without_torchrun(self, run: Callable[..., tuple[int, str]]) -> None:
         code, output = run("test.yaml", command=[sys.executable, "-m", "triptych.launcher.worker"])
