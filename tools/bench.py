@@ -1,7 +1,7 @@
 """Ours beside transformers, in one run: `triptych bench train`.
 
 Two comparisons, fp32 on the CPU: the SSD scan alone, and a whole training step of a small hybrid. Each side
-runs in a fresh process (`tools/bench_sides.py`), the sides take turns, and both leave what they computed in a
+runs in a fresh process (`tools/bench_sides.py`), one after the other, and both leave what they computed in a
 file: the numbers are compared before any ratio is reported.
 """
 
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 from rich.text import Text
 
-from triptych.tools.render import bytes_text, table_of
+from triptych.tools.render import table_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -80,11 +80,19 @@ class Comparison:
         return self.ours.peak_bytes / max(1, self.theirs.peak_bytes)
 
     @property
+    def fast_enough(self) -> bool:
+        """True when the target for speed, if there is one, is reached."""
+        return self.case.target_speed is None or self.speed_ratio >= self.case.target_speed
+
+    @property
+    def small_enough(self) -> bool:
+        """True when the target for memory, if there is one, is reached."""
+        return self.case.target_memory is None or self.memory_ratio <= self.case.target_memory
+
+    @property
     def ok(self) -> bool:
         """True when each target that the case has is reached."""
-        fast = self.case.target_speed is None or self.speed_ratio >= self.case.target_speed
-        small = self.case.target_memory is None or self.memory_ratio <= self.case.target_memory
-        return fast and small
+        return self.fast_enough and self.small_enough
 
 
 @dataclass(frozen=True)
@@ -102,40 +110,26 @@ class BenchReport:
 
     def table(self) -> RenderableType:
         """The comparisons as a rich renderable."""
-        rows = []
-        for one in self.comparisons:
-            speed = "" if one.case.target_speed is None else f" (>= {one.case.target_speed:g})"
-            memory = "" if one.case.target_memory is None else f" (<= {one.case.target_memory:g})"
-            aimed = one.case.target_speed is not None or one.case.target_memory is not None
-            rows.append(
-                [
-                    one.case.name,
-                    f"{1e3 * one.ours.median:.1f} ms",
-                    f"{1e3 * one.theirs.median:.1f} ms",
-                    f"{one.speed_ratio:.2f}x{speed}",
-                    bytes_text(one.ours.peak_bytes),
-                    bytes_text(one.theirs.peak_bytes),
-                    f"{one.memory_ratio:.2f}{memory}",
-                    f"{one.difference:.1e}",
-                    "" if not aimed else "reached" if one.ok else "MISSED",
-                ]
-            )
-        columns = [
-            "case",
-            "ours",
-            "transformers",
-            "speed",
-            "our peak",
-            "their peak",
-            "memory",
-            "difference",
-            "target",
+        rows = [
+            [
+                one.case.name,
+                f"{1e3 * one.ours.median:.1f}",
+                f"{1e3 * one.theirs.median:.1f}",
+                f"{one.speed_ratio:.2f}x{_verdict(one.case.target_speed, one.fast_enough, '>=')}",
+                f"{one.ours.peak_bytes / 2**20:.0f}",
+                f"{one.theirs.peak_bytes / 2**20:.0f}",
+                f"{one.memory_ratio:.2f}{_verdict(one.case.target_memory, one.small_enough, '<=')}",
+            ]
+            for one in self.comparisons
         ]
+        columns = ["case", "ms, ours", "theirs", "speed", "MiB, ours", "theirs", "memory"]
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        repeats = len(self.comparisons[0].ours.seconds)
+        worst = max(one.difference for one in self.comparisons)
         note = Text(
-            f"fp32 on the CPU, {self.threads} thread(s), median of "
-            f"{len(self.comparisons[0].ours.seconds)} after warm-up; peak: largest resident memory above the "
-            f"empty process. {versions}"
+            f"fp32 on the CPU, {self.threads} thread(s), median of {repeats} after warm-up. Memory: peak of the "
+            f"resident bytes above the empty process. Results agree within {worst:.0e} of each tensor's largest "
+            f"element. {versions}."
         )
         return Group(table_of("bench train: ours against transformers", columns, rows), note)
 
@@ -257,6 +251,10 @@ def bench_train(
         sides = [Side(side["seconds"], side["peak_bytes"]) for side in (ours, theirs)]
         comparisons.append(Comparison(case, sides[0], sides[1], difference))
     return BenchReport(comparisons, versions, threads)
+
+
+def _verdict(target: float | None, reached: bool, sign: str) -> str:
+    return "" if target is None else f" ({sign} {target:g}: {'reached' if reached else 'MISSED'})"
 
 
 def run_side(case: Case, side: str, *, repeats: int, threads: int, folder: str) -> dict[str, Any]:

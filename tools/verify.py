@@ -1,14 +1,14 @@
 """Does every layout give the same training? `triptych verify`.
 
 A run is a function of its configuration and its data, never of its layout. This tool shows it for a user's
-own
-configuration: in float64, on the CPU, with real gloo processes, each layout trains some steps on the same
+own configuration: in float64, on the CPU, with real gloo processes, each layout trains some steps on the same
 batches as one process does, and the losses, every parameter's gradient, the gradient norm and the parameters
 after the steps are held against that process's.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -123,6 +123,7 @@ def verify(
     layouts: such as "tp2", "tp2.pp2" (or "tp2,pp2"), "dp_shard2.dp_replicate2+selective"; None or empty takes
     the ten of `layouts.DEFAULT` and drops, with its reason, each that this configuration makes illegal.
     Nothing of the configuration is scaled down: override model.num_layers and the like to make it quicker.
+    Only the micro-batch is made smaller where a layout has more data ranks than it leaves samples for.
     steps: optimizer steps, with the run's own optimizer, schedule and clipping.
     synthetic: random token ids instead of the corpus of `data.sources` (for when there is none).
     timeout: seconds for one layout.
@@ -149,7 +150,8 @@ def verify(
         for layout in chosen:
             say(f"{layout.text} ({layout.config.world_size} processes)")
             start = time.perf_counter()
-            job = Job(run.model, layout.config, train, run.data.seq_len, samples, steps, folder)
+            fitted = train.model_copy(update={"micro_batch_size": micro_batch_size(layout.config, run)})
+            job = Job(run.model, layout.config, fitted, run.data.seq_len, samples, steps, folder)
             try:
                 ranks = run_local(layout.config.world_size, run_rank, job, reference, timeout=timeout)
             except Exception as error:
@@ -186,12 +188,21 @@ def _choose(run: RunSections, layouts: Sequence[str] | None) -> tuple[list[Layou
     return chosen, skipped
 
 
+def micro_batch_size(config: ParallelConfig, run: RunSections) -> int:
+    """The largest divisor of the run's micro-batch size that lets the layout share the global batch evenly.
+
+    How a batch is split belongs to the layout, and what is verified must not depend on it.
+    """
+    samples = run.train.global_batch_size // Layout(config).dp_size
+    return math.gcd(run.train.micro_batch_size, samples) if samples else run.train.micro_batch_size
+
+
 def _check(config: ParallelConfig, run: RunSections) -> None:
     Layout(config).check(
         run.model,
         seq_len=run.data.seq_len,
         global_batch_size=run.train.global_batch_size,
-        micro_batch_size=run.train.micro_batch_size,
+        micro_batch_size=micro_batch_size(config, run),
     )
 
 
