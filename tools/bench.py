@@ -127,9 +127,9 @@ class BenchReport:
         repeats = len(self.comparisons[0].ours.seconds)
         worst = max(one.difference for one in self.comparisons)
         note = Text(
-            f"fp32 on the CPU, {self.threads} thread(s), median of {repeats} after warm-up. Memory: peak of the "
-            f"resident bytes above the empty process. Results agree within {worst:.0e} of each tensor's largest "
-            f"element. {versions}."
+            f"fp32 on the CPU, {self.threads} thread(s), median of {repeats} after warm-up. Memory: peak of "
+            f"the resident bytes above the empty process. Results agree within {worst:.0e} of each tensor's "
+            f"largest element. {versions}."
         )
         return Group(table_of("bench train: ours against transformers", columns, rows), note)
 
