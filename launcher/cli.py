@@ -177,7 +177,7 @@ def verify(
     layouts: Annotated[
         list[str] | None,
         typer.Option(
-            help="A layout such as tp2, tp2.pp2 or dp_shard2+selective; may be given again. Default: ten."
+            help="Layouts such as tp2, tp2.pp2 or dp_shard2+selective, joined by commas. Default: ten."
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps after which parameters are compared.")] = 3,
@@ -192,13 +192,13 @@ def verify(
 
     \b
     triptych verify configs/lm/tiny.yaml
-    triptych verify configs/lm/tiny.yaml --layouts tp2 --layouts tp2.pp2+full --synthetic
+    triptych verify configs/lm/tiny.yaml --layouts tp2,tp2.pp2+full --synthetic
 
-    Several layouts may also stand in one option: --layouts "tp2 pp2 dp_shard2". Exit code 1 if any differs.
+    Exit code 1 if any layout differs.
     """
     from triptych.tools.verify import verify as run
 
-    wanted = [layout for item in layouts or [] for layout in item.split()]
+    wanted = [layout for item in layouts or [] for layout in item.replace(",", " ").split()]
     report = run(
         _load(words),
         wanted or None,

@@ -120,10 +120,11 @@ def verify(
 ) -> VerifyReport:
     """Compare each layout of `run` with one process, in float64, over local gloo processes on the CPU.
 
-    layouts: such as "tp2", "tp2.pp2" (or "tp2,pp2"), "dp_shard2.dp_replicate2+selective"; None or empty takes
+    layouts: such as "tp2", "tp2.pp2", "dp_shard2.dp_replicate2+selective"; None or empty takes
     the ten of `layouts.DEFAULT` and drops, with its reason, each that this configuration makes illegal.
     Nothing of the configuration is scaled down: override model.num_layers and the like to make it quicker.
-    Only the micro-batch is made smaller where a layout has more data ranks than it leaves samples for.
+    Only the micro-batch is made smaller where a layout has more data ranks or stages than it leaves samples
+    for.
     steps: optimizer steps, with the run's own optimizer, schedule and clipping.
     synthetic: random token ids instead of the corpus of `data.sources` (for when there is none).
     timeout: seconds for one layout.
@@ -191,10 +192,12 @@ def _choose(run: RunSections, layouts: Sequence[str] | None) -> tuple[list[Layou
 def micro_batch_size(config: ParallelConfig, run: RunSections) -> int:
     """The largest divisor of the run's micro-batch size that lets the layout share the global batch evenly.
 
-    How a batch is split belongs to the layout, and what is verified must not depend on it.
+    A pipeline gets a micro-batch per stage where there are samples enough, so that 1F1B is what runs. How a
+    batch is split belongs to the layout, and what is verified must not depend on it.
     """
     samples = run.train.global_batch_size // Layout(config).dp_size
-    return math.gcd(run.train.micro_batch_size, samples) if samples else run.train.micro_batch_size
+    per_stage = samples // config.pp or samples
+    return math.gcd(run.train.micro_batch_size, per_stage) or run.train.micro_batch_size
 
 
 def _check(config: ParallelConfig, run: RunSections) -> None:
