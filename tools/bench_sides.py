@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from triptych.tools.bench_broadcast import contract_by_broadcast
 from triptych.tools.bench_weights import load_into_transformers, unfuse
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def ssd_program(side: str, shape: dict[str, Any]) -> Program:
     leaves = {"x": x, "dt": dt, "a": a, "b": b, "c": c, "d": d}
     for leaf in leaves.values():
         leaf.requires_grad_()
-    scan = our_scan() if side == "ours" else their_scan(shape["chunk"], shape.get("broadcast", False))
+    scan = our_scan() if side == "ours" else their_scan(shape["chunk"])
 
     def run() -> Tensor:
         for leaf in leaves.values():
@@ -77,11 +76,8 @@ def our_scan() -> Callable[..., Tensor]:
     return lambda x, dt, a, b, c, d: ssd(x, dt, a, b, c, d=d)
 
 
-def their_scan(chunk: int, broadcast: bool) -> Callable[..., Tensor]:
-    """The plain PyTorch scan that transformers' Mamba-2 runs where mamba-ssm is not installed.
-
-    broadcast: with contractions as before transformers' pull request 48978, see bench_broadcast.
-    """
+def their_scan(chunk: int) -> Callable[..., Tensor]:
+    """The plain PyTorch scan that transformers' Mamba-2 runs where mamba-ssm is not installed."""
     import transformers
     from transformers.models.mamba2 import modeling_mamba2
 
@@ -91,8 +87,6 @@ def their_scan(chunk: int, broadcast: bool) -> Callable[..., Tensor]:
             f"transformers {transformers.__version__} has no separate Mamba-2 scan to measure; "
             "install the version of constraints.txt"
         )
-    if broadcast:
-        contract_by_broadcast(modeling_mamba2)
     # The name is a dispatcher to a hub kernel; what it wraps is the fallback, and nothing is to be
     # downloaded.
     fallback = getattr(scan, "__wrapped__", scan)
@@ -132,10 +126,7 @@ def our_model(shape: dict[str, Any]) -> LanguageModel:
 def their_model(shape: dict[str, Any]) -> nn.Module:
     """transformers' Bamba of the same shape, before our weights are copied in."""
     from transformers import BambaConfig, BambaForCausalLM
-    from transformers.models.bamba import modeling_bamba
 
-    if shape.get("broadcast", False):
-        contract_by_broadcast(modeling_bamba)
     heads = 2 * shape["hidden_size"] // shape["head_dim"]
     config = BambaConfig(
         vocab_size=shape["vocab_size"], hidden_size=shape["hidden_size"], num_hidden_layers=shape["layers"],
