@@ -198,8 +198,7 @@ class Description:
             for row in self.ranks
         ]  # fmt: skip
         columns = [
-            "rank", "place", "batch part", "blocks", "parameters", "weights", "gradients", "optimizer",
-            "activations", "together",
+            "rank", "place", "data", "blocks", "params", "weights", "grads", "moments", "saved", "sum",
         ]  # fmt: skip
         sequence = "with" if self.sequence_parallel else "without"
         return table_of(
@@ -207,9 +206,9 @@ class Description:
             f"{sequence} sequence parallelism",
             columns,
             rows,
-            caption="Activations: micro-batches in flight x what autograd keeps of one (casts of weights "
-            "included). Not in the sum: what an operator needs while it runs, buffers of collectives, the "
-            "allocator's own overhead.",
+            caption="data: the part of the global batch. moments: of the optimizer. saved: micro-batches in "
+            "flight x what autograd keeps of one, casts of weights included. Not in the sum: what an operator "
+            "needs while it runs, buffers of collectives, the allocator's own overhead.",
         )
 
     def _place(self, row: RankRow) -> str:
