@@ -207,8 +207,8 @@ class Description:
             columns,
             rows,
             caption="data: the part of the global batch. moments: of the optimizer. saved: micro-batches in "
-            "flight x what autograd keeps of one, casts of weights included. Not in the sum: what an operator "
-            "needs while it runs, buffers of collectives, the allocator's own overhead.",
+            "flight x what autograd keeps of one, casts of weights included. Not in the sum: what operators "
+            "need while they run, buffers of collectives, the allocator's own overhead.",
         )
 
     def _place(self, row: RankRow) -> str:
