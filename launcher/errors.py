@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import dis
 import re
-import sys
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 FAILED = 1
@@ -17,6 +17,8 @@ INTERRUPTED = 130
 
 _REMOTE = ("_RemoteTraceback", "RankError")
 """Causes that hold the traceback of another process: of concurrent.futures, and of parallel.local."""
+_ROOT = Path(__file__).parent.parent
+_ROOMS = ("launcher", "tools", "training", "parallel", "models", "data_pipeline", "kernels")
 _FRAME = re.compile(r'^ *File "(.+)", line \d+, in .+\n *(.*)$', re.MULTILINE)
 
 
@@ -86,17 +88,10 @@ def is_meant(error: BaseException) -> bool:
     if not isinstance(error, ValueError | RuntimeError):
         return False
     if type(error.__cause__).__name__ in _REMOTE:
-        return _ends_in_our_raise(str(error.__cause__))
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None:
-        return False
-    # Under `python -m` our module is called __main__; its spec has the name.
-    names = trace.tb_frame.f_globals
-    module = getattr(names.get("__spec__"), "name", None) or names.get("__name__", "")
-    instruction = dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]]
-    return _is_ours(module) and instruction == "RAISE_VARARGS"
+        frames = _FRAME.findall(str(error.__cause__))
+    else:
+        frames = [(frame.filename, frame.line) for frame in traceback.extract_tb(error.__traceback__)]
+    return bool(frames) and _is_our_raise(*frames[-1])
 
 
 def exit_code(error: BaseException) -> int:
@@ -106,15 +101,10 @@ def exit_code(error: BaseException) -> int:
     return BAD_INPUT if isinstance(error, ValueError) and is_meant(error) else FAILED
 
 
-def _ends_in_our_raise(text: str) -> bool:
-    """`is_meant` of a traceback that was printed in another process."""
-    frames = _FRAME.findall(text)
-    ours = {getattr(module, "__file__", None) for name, module in sys.modules.items() if _is_ours(name)}
-    return bool(frames) and frames[-1][0] in ours and frames[-1][1].startswith("raise ")
-
-
-def _is_ours(module: str) -> bool:
-    return module.startswith("triptych.")
+def _is_our_raise(filename: str, line: str) -> bool:
+    path = Path(filename)
+    in_a_room = path.is_relative_to(_ROOT) and path.relative_to(_ROOT).parts[0] in _ROOMS
+    return in_a_room and line.startswith("raise ")
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
