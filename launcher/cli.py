@@ -176,9 +176,7 @@ def verify(
     words: Words,
     layouts: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Layouts such as tp2, tp2.pp2 or dp_shard2+selective, joined by commas. Default: ten."
-        ),
+        typer.Option(help="Layouts such as tp2, tp2.pp2 (or tp2,pp2) and dp_shard2+selective. Default: ten."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps after which parameters are compared.")] = 3,
     tolerance: Annotated[float, typer.Option(help="Largest relative difference allowed.")] = 1e-9,
@@ -192,15 +190,20 @@ def verify(
 
     \b
     triptych verify configs/lm/tiny.yaml
-    triptych verify configs/lm/tiny.yaml --layouts tp2,tp2.pp2+full --synthetic
+    triptych verify configs/lm/tiny.yaml --layouts tp2 pp2 dp2 tp2.pp2.dp2+full --synthetic
 
     Exit code 1 if any layout differs.
     """
     from triptych.tools.verify import verify as run
 
-    wanted = [layout for item in layouts or [] for layout in item.replace(",", " ").split()]
+    # An option takes one word; further layouts arrive among the words, where they alone lack a "=".
+    config, others = words[:1], words[1:]
+    wanted = [name for item in layouts or [] for name in item.split()]
+    if wanted:
+        wanted += [word for word in others if "=" not in word]
+        others = [word for word in others if "=" in word]
     report = run(
-        _load(words),
+        _load([*config, *others]),
         wanted or None,
         steps=steps,
         tolerance=tolerance,

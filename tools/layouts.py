@@ -43,14 +43,14 @@ class LayoutName:
 def parse_layout(text: str, base: ParallelConfig) -> LayoutName:
     """ "tp2.pp2+full+nosp" -> axes tp 2 and pp 2, all others 1; what follows "+" replaces what `base` says.
 
-    Axes: tp, pp, dp_shard, dp_replicate, and dp for dp_shard, joined by ".". Switches: none,
+    Axes: tp, pp, dp_shard, dp_replicate, and dp for dp_shard, joined by "." or ",". Switches: none,
     selective, full (recomputation), sp, nosp (sequence parallelism).
     Raises ValueError naming the part that cannot be read.
     """
     axes, *switches = text.replace(" ", "").split("+")
     values: dict[str, object] = dict.fromkeys(AXES, 1)
     seen = set()
-    for part in axes.split("."):
+    for part in re.split(r"[.,]", axes):
         match = re.fullmatch(r"([a-z_]+?)([0-9]+)", part)
         axis = {"dp": "dp_shard"}.get(match[1], match[1]) if match else ""
         if match is None or axis not in AXES or int(match[2]) < 1:

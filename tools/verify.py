@@ -120,7 +120,7 @@ def verify(
 ) -> VerifyReport:
     """Compare each layout of `run` with one process, in float64, over local gloo processes on the CPU.
 
-    layouts: such as "tp2", "tp2.pp2", "dp_shard2.dp_replicate2+selective"; None or empty takes
+    layouts: such as "tp2", "tp2.pp2" or "tp2,pp2", "dp_shard2.dp_replicate2+selective"; None or empty takes
     the ten of `layouts.DEFAULT` and drops, with its reason, each that this configuration makes illegal.
     Nothing of the configuration is scaled down: override model.num_layers and the like to make it quicker.
     Only the micro-batch is made smaller where a layout has more data ranks or stages than it leaves samples

@@ -83,7 +83,7 @@ class TrainConfig(BaseModel):
     """The learning rate over the steps."""
     max_grad_norm: float | None = Field(default=1.0, gt=0.0)
     """Gradients are scaled down to this global L2 norm; null never clips."""
-    max_skipped_steps: int = Field(default=0, ge=0)
+    max_skipped_steps: int = Field(default=10, ge=0)
     """Steps with a non-finite loss or gradient that are skipped (counted and reported) before the run is
     ended; 0 ends it at the first."""
     eval_every: int = Field(default=0, ge=0)

@@ -236,6 +236,11 @@ class TestWithoutWorkers:
         assert "Traceback" not in output
         assert not (workplace / "runs").exists()
 
+    def test_verify_takes_several_layouts_in_a_row(self, say: Callable[..., tuple[int, str]]) -> None:
+        """The last is illegal, and is refused before any runs."""
+        code, output = say("verify", "test.yaml", "--layouts", "tp2", "pp2,dp2", "tp3", "train.seed=1")
+        assert code == 2 and "parallel.tp=3 does not divide" in output, output
+
     def test_the_printed_configuration_is_the_configuration(
         self, say: Callable[..., tuple[int, str]], workplace: Path
     ) -> None:
@@ -339,8 +344,8 @@ class TestRay:
     def test_nan_on_one_rank_ends_the_run_without_a_retry(
         self, run: Callable[..., tuple[int, str]], workplace: Path
     ) -> None:
-        layout = ["parallel.tp=1", "parallel.dp_shard=2"]
-        code, output = run("train", "test.yaml", *layout, "--run-dir", "nan", TEST_NAN_RANK="1")
+        changes = ["parallel.tp=1", "parallel.dp_shard=2", "train.max_skipped_steps=0"]
+        code, output = run("train", "test.yaml", *changes, "--run-dir", "nan", TEST_NAN_RANK="1")
         assert code == 1, output
         assert "is not finite in step" in output and "it arose on data rank 1" in output
         assert "RESTARTED" not in output and "Traceback" not in output

@@ -13,7 +13,7 @@ from triptych.tools.layouts import DEFAULT, default_layouts, parse_layout
     [
         ("tp2", {"tp": 2}),
         ("tp2.pp4", {"tp": 2, "pp": 4}),
-        ("tp2.pp2.dp2", {"tp": 2, "pp": 2, "dp_shard": 2}),
+        ("tp2,pp2,dp2", {"tp": 2, "pp": 2, "dp_shard": 2}),
         ("dp_shard2.dp_replicate3+full", {"dp_shard": 2, "dp_replicate": 3, "recompute": "full"}),
         ("tp2+selective+nosp", {"tp": 2, "recompute": "selective", "sequence_parallel": False}),
     ],

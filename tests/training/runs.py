@@ -80,6 +80,7 @@ def make_run(corpus: Path, **changes: dict[str, Any]) -> Run:
             "precision": "fp64",
             "optimizer": {"lr": 0.01},
             "schedule": {"warmup": 2},
+            "max_skipped_steps": 0,
         },
         "checkpoint": {},
         "log": {"tensorboard": False},
