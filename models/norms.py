@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from triptych import kernels
-from triptych.kernels.library import autocast_dtype
+from triptych.kernels.library import autocast_dtype, statistics_dtype
 from triptych.models.config import ModelConfig
 from triptych.models.init import ONES, ZEROS, Init
 from triptych.models.linear import unset
@@ -21,7 +21,7 @@ from triptych.models.sharding import Shards
 
 def wide(x: torch.Tensor) -> torch.Tensor:
     """x in fp32; fp64 stays fp64."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(statistics_dtype(x))
 
 
 def to_compute(x: torch.Tensor) -> torch.Tensor:

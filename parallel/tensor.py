@@ -187,26 +187,16 @@ def _region_forward(
             kwargs["weight"] = kwargs["weight"].to_local()
         if is_embedding:
             y = forward(x, *args, **kwargs)
+        elif not sequence_parallel:
+            y = forward(sum_in_backward(x, axis), *args, **kwargs)
+        elif regather and x.requires_grad and torch.is_grad_enabled():
+            with gather_sequence_twice(x, SEQUENCE_DIM, axis) as whole:
+                y = forward(whole, *args, **kwargs)
         else:
-            x = _as_autocast(x)
-            if not sequence_parallel:
-                y = forward(sum_in_backward(x, axis), *args, **kwargs)
-            elif regather and x.requires_grad and torch.is_grad_enabled():
-                with gather_sequence_twice(x, SEQUENCE_DIM, axis) as whole:
-                    y = forward(whole, *args, **kwargs)
-            else:
-                y = forward(gather_sequence(x, SEQUENCE_DIM, axis), *args, **kwargs)
+            y = forward(gather_sequence(x, SEQUENCE_DIM, axis), *args, **kwargs)
         if is_head:
             # The cross-entropy, (B, T), is whole on every rank; logits, (B, T, V / tp), are joined.
             return join_shards(y, VOCABULARY_DIM, axis) if y.ndim == 3 else y
         return scatter_sum(y, SEQUENCE_DIM, axis) if sequence_parallel else sum_partial(y, axis)
 
     return wrapped
-
-
-def _as_autocast(x: torch.Tensor) -> torch.Tensor:
-    """In autocast's dtype, as the region's matmuls would cast it anyway: half the bytes are sent and kept."""
-    device = x.device.type if not x.is_meta else "cpu"
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x

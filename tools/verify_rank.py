@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from triptych.models import ModelConfig
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.layout import Layout, build_mesh
-from triptych.parallel.parallelize import ParallelModel, parallelize
+from triptych.parallel.model import ParallelModel
+from triptych.parallel.parallelize import parallelize
 from triptych.parallel.shards import local_part, window
 from triptych.training.config import TrainConfig
 from triptych.training.evaluation import MicroBatchLoss, global_count, global_sums

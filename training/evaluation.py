@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triptych.parallel.parallelize import ParallelModel
+from triptych.parallel.model import ParallelModel
 from triptych.training.objectives import Batch, Objective
 
 
