@@ -21,12 +21,12 @@ $(BIN)/python:
 # Where the CPU build of torch is wanted, pip needs the exact version: constraints.txt has it.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing triptych into $(VENV) (about a minute) ..."
-	$(PIP_INSTALL) --editable .
+	$(PIP_INSTALL) --editable ".[digits]"
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing triptych and its development extras into $(VENV) (about two minutes) ..."
-	$(PIP_INSTALL) --editable ".[dev,hf,megatron]"
+	$(PIP_INSTALL) --editable ".[dev,digits,hf,megatron]"
 	@touch $@ $(VENV)/.installed
 
 install: $(VENV)/.installed

@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from triptych.data_pipeline.baseline import BaselineReport, Bigram, bigram_baseline, fit_bigram
     from triptych.data_pipeline.config import DataConfig, SourceConfig, TextCorpusOptions
     from triptych.data_pipeline.dataset import IGNORE, PackedDataset, Sample, SequentialDataset
+    from triptych.data_pipeline.images.config import ImageDataConfig, ImageSourceConfig
+    from triptych.data_pipeline.images.dataset import ImageDataset, ImageValidation
+    from triptych.data_pipeline.images.digits import build_digits
+    from triptych.data_pipeline.images.folder import build_image_folder
+    from triptych.data_pipeline.images.latents import build_latents
+    from triptych.data_pipeline.images.needs import ImageNeeds
+    from triptych.data_pipeline.images.options import DigitsOptions, ImageFolderOptions, LatentsOptions
+    from triptych.data_pipeline.images.streaming import StreamedImages
     from triptych.data_pipeline.indexed import IndexedTokens, IndexedWriter, best_dtype
     from triptych.data_pipeline.loader import BatchLoader, MicroBatch, open_training, open_validation
     from triptych.data_pipeline.manifest import CorpusReport, Manifest
@@ -32,6 +40,18 @@ _HOME = {
     "PackedDataset": "dataset",
     "Sample": "dataset",
     "SequentialDataset": "dataset",
+    "ImageDataConfig": "images.config",
+    "ImageSourceConfig": "images.config",
+    "ImageDataset": "images.dataset",
+    "ImageValidation": "images.dataset",
+    "build_digits": "images.digits",
+    "build_image_folder": "images.folder",
+    "build_latents": "images.latents",
+    "ImageNeeds": "images.needs",
+    "DigitsOptions": "images.options",
+    "ImageFolderOptions": "images.options",
+    "LatentsOptions": "images.options",
+    "StreamedImages": "images.streaming",
     "IndexedTokens": "indexed",
     "IndexedWriter": "indexed",
     "best_dtype": "indexed",
@@ -54,18 +74,30 @@ __all__ = [
     "Bigram",
     "CorpusReport",
     "DataConfig",
+    "DigitsOptions",
+    "ImageDataConfig",
+    "ImageDataset",
+    "ImageFolderOptions",
+    "ImageNeeds",
+    "ImageSourceConfig",
+    "ImageValidation",
     "IndexedTokens",
     "IndexedWriter",
+    "LatentsOptions",
     "Manifest",
     "MicroBatch",
     "PackedDataset",
     "Sample",
     "SequentialDataset",
     "SourceConfig",
+    "StreamedImages",
     "TextCorpusOptions",
     "TextTokenizer",
     "best_dtype",
     "bigram_baseline",
+    "build_digits",
+    "build_image_folder",
+    "build_latents",
     "build_text_corpus",
     "check_vocabulary",
     "fit_bigram",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -48,9 +48,12 @@ class SourceConfig(BaseModel):
 
 
 class DataConfig(BaseModel):
-    """Section `data:`: which corpora, how long a sample, in which order."""
+    """Section `data:` of text: which corpora, how long a sample, in which order."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["text"] = "text"
+    """Token files."""
 
     sources: tuple[SourceConfig, ...]
     """Training corpora, mixed by weight."""

@@ -12,9 +12,9 @@ T length of a sample
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ import numpy.typing as npt
 from triptych.data_pipeline.config import SourceConfig
 from triptych.data_pipeline.indexed import IndexedTokens
 from triptych.data_pipeline.order import Mixture, key, permutation
+
+if TYPE_CHECKING:
+    import torch
 
 IGNORE = -100
 
@@ -33,6 +36,17 @@ class Sample(TypedDict):
     targets: npt.NDArray[np.int64]  # (T,) token that follows, or IGNORE
     document_ids: npt.NDArray[np.int64]  # (T,) 0, 1, ... in the order the documents come in this row
     sample_keys: int  # in [0, 2**63), a function of (seed, global sample number)
+
+
+def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Rows of arrays and numbers, alike in names and shapes, as one batch of tensors (rows, ...).
+
+    Python's integers become int64, its truth values bool; arrays keep their type.
+    """
+    # Not at the head: the processes that build a corpus import this file, and torch takes them a second.
+    import torch
+
+    return {name: torch.from_numpy(np.stack([np.asarray(row[name]) for row in rows])) for name in rows[0]}
 
 
 @dataclass(frozen=True)
@@ -129,6 +143,9 @@ class PackedDataset:
     into the sources' parts.
     """
 
+    batch_size: int | None = None
+    threads = 1
+
     def __init__(
         self, sources: Sequence[SourceConfig], seq_len: int, seed: int, *, vocab_size: int | None = None
     ) -> None:
@@ -147,6 +164,10 @@ class PackedDataset:
         source, n = self.mixture.locate(i)
         return self.sources[source].read(n, key(self.seed, "sample", i) >> 1)
 
+    def collate(self, rows: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """Samples as a batch: tokens, targets, document_ids (B, T), sample_keys (B,), all int64."""
+        return collate(rows)
+
     def consumed(self, total: int) -> dict[str, int]:
         """Samples of each source among the first `total`."""
         return {source.label: n for source, n in zip(self.sources, self.mixture.consumed(total))}
@@ -158,6 +179,9 @@ class SequentialDataset:
     len() is the number of samples. sample(i) past the end is a row without targets, so that the last
     global batch may be filled up whatever its size: the sum over targets does not depend on it.
     """
+
+    batch_size: int | None = None
+    threads = 1
 
     def __init__(
         self,
@@ -195,6 +219,10 @@ class SequentialDataset:
         source = int(np.searchsorted(self._ends, place, side="right"))
         before = int(self._ends[source - 1]) if source else 0
         return self.sources[source].read(place - before, sample_key)
+
+    def collate(self, rows: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """As PackedDataset's."""
+        return collate(rows)
 
     def consumed(self, total: int) -> dict[str, int]:
         """Samples of each source among the first `total` of the pass."""

@@ -5,13 +5,16 @@ from triptych.kernels.causal_conv1d import causal_conv1d
 from triptych.kernels.dispatch import Form, register, table
 from triptych.kernels.dropout import dropout
 from triptych.kernels.gelu import gelu
+from triptych.kernels.haar import haar, inverse_haar
 from triptych.kernels.layer_norm import layer_norm
 from triptych.kernels.linear_cross_entropy import VocabShards, linear_cross_entropy
 from triptych.kernels.random import hash_bits, hash_normal, hash_uniform, string_key
 from triptych.kernels.rms_norm import rms_norm
 from triptych.kernels.rotary import rotary
+from triptych.kernels.selective_scan import selective_scan, selective_scan_step
 from triptych.kernels.ssd import ssd, ssd_step
 from triptych.kernels.swiglu import swiglu
+from triptych.kernels.wkv import wkv
 
 __all__ = [
     "Form",
@@ -20,17 +23,22 @@ __all__ = [
     "causal_conv1d",
     "dropout",
     "gelu",
+    "haar",
     "hash_bits",
     "hash_normal",
     "hash_uniform",
+    "inverse_haar",
     "layer_norm",
     "linear_cross_entropy",
     "register",
     "rms_norm",
     "rotary",
+    "selective_scan",
+    "selective_scan_step",
     "ssd",
     "ssd_step",
     "string_key",
     "swiglu",
     "table",
+    "wkv",
 ]

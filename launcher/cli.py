@@ -7,10 +7,21 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from triptych.launcher import cli_bench, cli_data, cli_samples
+from triptych.launcher.cli_common import (
+    DryRun,
+    Json,
+    OptionalWords,
+    PrintConfig,
+    Words,
+    load,
+    show,
+    to_stderr,
+)
 from triptych.launcher.errors import (
     BAD_INPUT,
     FAILED,
@@ -21,9 +32,6 @@ from triptych.launcher.errors import (
     is_meant,
 )
 
-if TYPE_CHECKING:
-    from triptych.launcher.config import RunConfig
-
 app = typer.Typer(
     name="triptych",
     help="Distributed training whose losses do not depend on the layout. Start with `triptych train --help`.",
@@ -33,24 +41,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Every verb takes --debug: the traceback of an error.",
 )
-data_app = typer.Typer(help="Make corpora.", no_args_is_help=True, rich_markup_mode=None)
-bench_app = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(data_app, name="data")
-app.add_typer(bench_app, name="bench")
-
-Words = Annotated[
-    list[str],
-    typer.Argument(metavar="CONFIG [KEY=VALUE]...", help="A YAML file, then dotted overrides of its keys."),
-]
-OptionalWords = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file, then dotted overrides of its keys."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-PrintConfig = Annotated[
-    bool, typer.Option("--print-config", help="Print the resolved configuration and stop.")
-]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")]
+app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_bench.app, name="bench")
+app.command()(cli_samples.sample)
+app.command()(cli_samples.evaluate)
 
 
 @app.command()
@@ -68,7 +62,7 @@ def train(
     in_process: Annotated[
         bool, typer.Option("--in-process", help="One rank, in this process, without Ray.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, start nothing.")] = False,
+    dry_run: DryRun = False,
     print_config: PrintConfig = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON on the last line.")
@@ -110,65 +104,13 @@ def describe(words: Words, as_json: Json = False, print_config: PrintConfig = Fa
     triptych describe configs/lm/demo.yaml
     triptych describe configs/lm/hybrid-1b.yaml parallel.tp=8 --json
     """
-    config = _load(words)
+    config = load(words)
     if print_config:
         sys.stdout.write(config.to_yaml())
         return
     from triptych.tools.describe import describe as run
 
-    _show(run(config), as_json)
-
-
-@data_app.command()
-def text(
-    out: Annotated[Path, typer.Option(help="Directory of the corpus.")],
-    source: Annotated[
-        list[str] | None,
-        typer.Option(help="stdlib, or a file or directory of text, JSONL or Parquet; may be given again."),
-    ] = None,
-    vocab_size: Annotated[int, typer.Option(help="Vocabulary of the byte-level BPE to train.")] = 512,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="A tokenizer.json to use in place of training one.")
-    ] = None,
-    valid_share: Annotated[
-        float, typer.Option(help="Share of the documents held out for validation.")
-    ] = 0.05,
-    jsonl_key: Annotated[str, typer.Option(help="Key of a JSON line that holds the document.")] = "text",
-    parquet_column: Annotated[
-        str, typer.Option(help="Column of a Parquet file that holds the documents.")
-    ] = "text",
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse bad documents instead of counting them.")
-    ] = False,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes that tokenize; default: one per core.")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a corpus made with other options.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Make a corpus (Megatron .bin/.idx) and its tokenizer from text; a complete one is reused.
-
-    \b
-    triptych data text --source stdlib --vocab-size 512 --out data/stdlib-512
-    triptych data text --source notes/ --source more.jsonl --tokenizer tokenizer.json --out data/mine
-    """
-    from triptych.launcher import run
-
-    options = {
-        "source": source or ["stdlib"],
-        "out": str(out),
-        "vocab_size": vocab_size,
-        "tokenizer": str(tokenizer) if tokenizer else None,
-        "valid_share": valid_share,
-        "jsonl_key": jsonl_key,
-        "parquet_column": parquet_column,
-        "strict": strict,
-        "workers": workers,
-        "overwrite": overwrite,
-    }
-    run.text_corpus(options, as_json=as_json)
+    show(run(config), as_json)
 
 
 @app.command()
@@ -203,85 +145,17 @@ def verify(
         wanted += [word for word in others if "=" not in word]
         others = [word for word in others if "=" in word]
     report = run(
-        _load([*config, *others]),
+        load([*config, *others]),
         wanted or None,
         steps=steps,
         tolerance=tolerance,
         synthetic=synthetic,
         timeout=timeout,
-        progress=_to_stderr,
+        progress=to_stderr,
     )
-    _show(report, as_json)
+    show(report, as_json)
     if not report.ok:
         raise RunFailed(f"a layout differs from one process by more than {tolerance:g}")
-
-
-@app.command()
-def sample(
-    path: Annotated[Path, typer.Argument(help="A run directory (its newest checkpoint) or a checkpoint.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be given again.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add, at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Choose among the likeliest tokens of this mass.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
-    device: Device = "cpu",
-    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json; default: the run's own.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Let a trained language model continue text.
-
-    \b
-    triptych sample runs/demo --prompt "def __init__(self" --prompt "import os"
-    triptych sample runs/demo --prompt "class" --temperature 0 --max-new-tokens 32
-    """
-    from triptych.tools.sample import sample as run
-
-    texts = run(
-        path,
-        prompts=prompt or [""],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        device=device,
-        tokenizer=tokenizer,
-    )
-    if as_json:
-        typer.echo(json.dumps(texts))
-        return
-    for number, continuation in enumerate(texts):
-        typer.echo(("" if number == 0 else "-" * 40 + "\n") + continuation)
-
-
-@app.command()
-def evaluate(
-    path: Annotated[Path, typer.Argument(help="A run directory (its newest checkpoint) or a checkpoint.")],
-    samples: Annotated[
-        int | None, typer.Option(help="Validation sequences; default: as the run did.")
-    ] = None,
-    baseline: Annotated[
-        bool, typer.Option("--baseline", help="Also a bigram model, on the same targets.")
-    ] = False,
-    batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 8,
-    device: Device = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Validation loss of a checkpoint.
-
-    \b
-    triptych evaluate runs/demo --baseline
-    triptych evaluate runs/demo/checkpoints/step-00000100 --samples 256 --json
-    """
-    from triptych.tools.evaluate import evaluate as run
-
-    report = run(
-        path, samples=samples, baseline=baseline, batch_size=batch_size, device=device, progress=_to_stderr
-    )
-    _show(report, as_json)
 
 
 @app.command()
@@ -299,47 +173,7 @@ def compare(
     """
     from triptych.tools.compare import compare as run
 
-    _show(run(runs), as_json)
-
-
-@bench_app.command("train")
-def bench_train(
-    repeats: Annotated[int, typer.Option(help="Timed runs of each side.")] = 5,
-    threads: Annotated[int | None, typer.Option(help="Threads of each side; default: the cores.")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Tiny shapes: shows that it works, not how fast.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Speed and memory of training beside transformers, in one run (needs pip install 'triptych[hf]').
-
-    \b
-    triptych bench train
-    triptych bench train --quick --json
-
-    Exit code 1 if a target is missed (not with --quick).
-    """
-    from triptych.tools.bench import bench_train as run
-
-    report = run(repeats=repeats, threads=threads, quick=quick, progress=_to_stderr)
-    _show(report, as_json)
-    if not quick and not report.ok:
-        raise RunFailed("a target was missed")
-
-
-@bench_app.command("activations")
-def bench_activations(
-    processes: Annotated[bool, typer.Option("--processes", help="Count in real gloo processes.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Bytes that autograd keeps for one block, per layout and recomputation, beside the published formulas.
-
-    \b
-    triptych bench activations
-    """
-    from triptych.tools.activations import activation_report as run
-
-    _show(run(processes=processes, progress=_to_stderr), as_json)
+    show(run(runs), as_json)
 
 
 @app.command()
@@ -352,30 +186,9 @@ def doctor(as_json: Json = False) -> None:
     from triptych.launcher.doctor import examine
 
     report = examine()
-    _show(report, as_json)
+    show(report, as_json)
     if not report.ok:
         raise RunFailed("something that training needs is missing, see above")
-
-
-def _load(words: list[str]) -> RunConfig:
-    from triptych.launcher.config import load
-
-    return load(words[0], words[1:])
-
-
-def _show(report: Any, as_json: bool) -> None:
-    """A report's table for people, its JSON for programs."""
-    if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=2))
-        return
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else 110
-    Console(width=width).print(report.table())
-
-
-def _to_stderr(line: str) -> None:
-    typer.echo(line, err=True)
 
 
 def main() -> None:

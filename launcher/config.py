@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from triptych.data_pipeline.config import DataConfig
-from triptych.models.config import ModelConfig
+from triptych.data_pipeline.kinds import AnyDataConfig
+from triptych.models.families import AnyModelConfig
 from triptych.parallel.config import ParallelConfig
 from triptych.training.config import CheckpointConfig, LogConfig, TrainConfig
 
@@ -71,9 +71,9 @@ class RunConfig(BaseModel):
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """First part of the run directory's name; letters, digits, dots, dashes and underscores."""
-    model: ModelConfig
+    model: AnyModelConfig
     """What is built."""
-    data: DataConfig
+    data: AnyDataConfig
     """What it is trained on."""
     parallel: ParallelConfig = ParallelConfig()
     """How it is cut over the workers."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import signal
 import sys
@@ -57,8 +56,8 @@ def resolve(
 
 def preflight(config: RunConfig, *, in_process: bool = False) -> None:
     """Raises ValueError, before any process is started, for a layout or a corpus that cannot serve."""
-    from triptych.data_pipeline.dataset import PackedDataset, SequentialDataset
     from triptych.training.check import check
+    from triptych.training.data import open_training, open_validation
 
     if in_process and config.parallel.world_size != 1:
         raise ValueError(
@@ -66,10 +65,8 @@ def preflight(config: RunConfig, *, in_process: bool = False) -> None:
             "leave --in-process out, or set the degrees under parallel: to 1"
         )
     check(config)
-    # The workers will open them likewise; neither the seed nor a limit can make that fail.
-    PackedDataset(config.data.sources, config.data.seq_len, 0)
-    if config.data.valid:
-        SequentialDataset(config.data.valid, config.data.seq_len)
+    open_training(config)
+    open_validation(config)
 
 
 def show_plan(config: RunConfig, directory: RunDir) -> None:
@@ -159,35 +156,3 @@ def _how_to_go_on(directory: RunDir) -> str:
         return f"no checkpoint was committed yet; logs are in {directory.path / 'logs'}"
     there = directory.checkpoints / checkpoint
     return f"last checkpoint: {there}; go on with: triptych train --resume {directory.path}"
-
-
-def text_corpus(options: dict[str, Any], *, as_json: bool = False) -> None:
-    """Build or reuse a text corpus and show what it holds."""
-    from pydantic import ValidationError
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-    from triptych.data_pipeline.config import TextCorpusOptions
-    from triptych.data_pipeline.text import build_text_corpus
-
-    try:
-        checked = TextCorpusOptions.model_validate(options)
-    except ValidationError as error:
-        wrong = [f"--{str(item['loc'][0]).replace('_', '-')}: {item['msg']}" for item in error.errors()]
-        raise ValueError("; ".join(wrong)) from error
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-                if not console.is_terminal:
-                    console.print(f"{stage} ...", markup=False)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        report = build_text_corpus(checked, progress)
-    if as_json:
-        print(json.dumps(dataclasses.asdict(report)))
-    else:
-        print(report.summary())

@@ -3,82 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from triptych.models.init import Init, Normal, Xavier
 from triptych.models.registry import CHARACTERS, FEEDFORWARD_CHARACTER, FEEDFORWARDS, MIXERS, NONE
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are refused, values are fixed once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class AttentionConfig(Section):
-    """Grouped-query attention."""
-
-    num_heads: int = Field(default=8, ge=1)
-    """Query heads."""
-    num_kv_heads: int = Field(default=0, ge=0)
-    """Key and value heads, a divisor of num_heads; unset: as many as num_heads."""
-    head_dim: int | None = Field(default=None, ge=1)
-    """Channels per head; unset: hidden_size / num_heads."""
-    rope_theta: float | None = Field(default=10000.0, gt=0)
-    """Base of the rotary position embedding; null: no position embedding."""
-    qk_norm: bool = False
-    """RMSNorm over the channels of each query and key head, before the rotation."""
-    window: int | None = Field(default=None, ge=1)
-    """A token sees itself and the window - 1 tokens before it; null: the whole document before it."""
-    bias: bool = False
-    """Biases in the four projections."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of attention probabilities set to zero in training; needs materialised scores."""
-    form: str | None = None
-    """Form of the attention kernel, such as "sdpa" or "reference" (materialised scores); null: automatic."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("num_kv_heads") is None:
-            default = cls.model_fields["num_heads"].default
-            return {**values, "num_kv_heads": values.get("num_heads", default)}
-        return values
-
-
-class Mamba2Config(Section):
-    """Mamba-2 (arXiv 2405.21060)."""
-
-    state_size: int = Field(default=64, ge=1)
-    """Size N of the state per channel."""
-    head_dim: int = Field(default=64, ge=1)
-    """Channels P per head; a divisor of expand * hidden_size."""
-    expand: float = Field(default=2.0, gt=0)
-    """Inner channels = expand * hidden_size."""
-    num_groups: int = Field(default=1, ge=1)
-    """Groups of heads with b and c in common, and of channels in the gated norm; a divisor of the heads."""
-    conv_kernel: int = Field(default=4, ge=2)
-    """Taps of the causal convolution, in tokens."""
-    chunk_size: int = Field(default=64, ge=1)
-    """Tokens per chunk of the scan; changes speed and memory, never the result."""
-    dt_min: float = Field(default=0.001, gt=0)
-    """Smallest time step at initialisation."""
-    dt_max: float = Field(default=0.1, gt=0)
-    """Largest time step at initialisation."""
-    dt_limit: tuple[float, float] = (0.0, math.inf)
-    """Bounds to which the time step is clamped in every forward pass."""
-
-
-class FFNConfig(Section):
-    """Feed-forward of the pattern items that name none."""
-
-    kind: str = "swiglu"
-    """swiglu, gelu, or none: blocks without a feed-forward."""
-    intermediate_size: int | None = Field(default=None, ge=1)
-    """Inner channels; unset: 8/3 * hidden_size up to a multiple of 64 (swiglu), or 4 * hidden_size (gelu)."""
-    bias: bool = False
-    """Biases in the projections."""
+from triptych.models.sections import (
+    AttentionConfig,
+    DimsumConfig,
+    FFNConfig,
+    Mamba1Config,
+    Mamba2Config,
+    ScanConfig,
+    Section,
+    WKVConfig,
+)
 
 
 class LayerSpec(NamedTuple):
@@ -94,44 +35,76 @@ class LayerSpec(NamedTuple):
 
 
 class ModelConfig(Section):
-    """A backbone: embedding, blocks after a pattern, norm and head."""
+    """What every family has: a stack of blocks after a pattern. A family adds its two ends."""
 
-    family: Literal["lm"] = "lm"
-    """Language model."""
-    vocab_size: int = Field(ge=2)
-    """Rows of the embedding and of the head."""
+    causal: ClassVar[bool]
+    """Whether attention looks back only."""
+
+    family: str
+    """Which family of models."""
+    size: str | None = None
+    """Name of an entry of `sizes` whose keys are taken where they are not given."""
+    sizes: dict[str, dict[str, Any]] = {}
+    """Sizes by name, such as XL: {num_layers: 28, hidden_size: 1152}; gone once the configuration is read."""
     hidden_size: int = Field(ge=1)
     """Channels of the residual stream."""
     num_layers: int = Field(ge=1)
     """Blocks; the pattern is repeated over them and may end in its middle."""
     pattern: str | list[str] = Field(default=["attention"], min_length=1)
-    """What stands in the blocks. A list of items "mixer" or "mixer+ffn" (mixers: mamba2, attention, none;
-    feed-forwards: swiglu, gelu, none; without "+", ffn.kind), such as [mamba2, mamba2, attention+gelu].
-    Or a string, one character per block: M mamba2, * attention, - a block of ffn.kind alone; "MMM*" means
-    [mamba2, mamba2, mamba2, attention]. In a string with a "-" every feed-forward is written out, so M and *
-    carry none: "M-*-" means [mamba2+none, none+swiglu, attention+none, none+swiglu]."""
+    """What stands in the blocks. A list of items "mixer" or "mixer+ffn" (mixers: attention, cross_attention,
+    mamba1, mamba2, wkv, dimsum, none; feed-forwards: swiglu, gelu, channel_mix, none; without "+", ffn.kind),
+    such as [mamba2, mamba2, attention+gelu].
+    Or a string, one character per block: M mamba2, m mamba1, * attention, x cross_attention, W wkv, D dimsum,
+    - a block of ffn.kind alone; "MMM*" means [mamba2, mamba2, mamba2, attention]. In a string with a "-" every
+    feed-forward is written out, so M and * carry none: "M-*-" means [mamba2+none, none+swiglu,
+    attention+none, none+swiglu]."""
     attention: AttentionConfig = AttentionConfig()
-    """Of the blocks with attention."""
+    """Of the blocks with attention or cross-attention."""
+    mamba1: Mamba1Config = Mamba1Config()
+    """Of the blocks with Mamba-1, also within dimsum."""
     mamba2: Mamba2Config = Mamba2Config()
     """Of the blocks with Mamba-2."""
+    wkv: WKVConfig = WKVConfig()
+    """Of the blocks with WKV."""
+    dimsum: DimsumConfig = DimsumConfig()
+    """Of the blocks with DiMSUM's mixer."""
     ffn: FFNConfig = FFNConfig()
     """Of the blocks with a feed-forward."""
+    scan: ScanConfig | None = None
+    """How mamba1 and mamba2 go through an image; language models have none."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """Norm before mixers, feed-forwards and the head; layernorm has a bias."""
+    """Norm before mixers, feed-forwards and the head, and of attention's qk_norm; layernorm has a bias."""
+    norm_affine: bool = True
+    """Whether those norms have weights of their own (where they are modulated they need none)."""
     norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the variance, in every norm of the model."""
-    tie_embeddings: bool = False
-    """The head uses the embedding's weight."""
     residual_scale: Literal["one", "depth", "learned"] = "one"
     """s of x + s * f(x): 1, 1/sqrt(2 * num_layers), or one learned value per channel that starts at 1."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the values of each residual branch set to zero in training."""
+    init: Literal["normal", "xavier"] = "normal"
+    """Initial weights of the linears of mixers and feed-forwards: normal with init_std, or Xavier-uniform."""
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of initial weights; the last linear of a branch has 1/sqrt(2 * num_layers) of it,
     unless residual_scale is depth, which has the factor already."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_size(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("sizes"), dict):
+            return values
+        size, sizes = values.get("size"), values["sizes"]
+        rest = {key: value for key, value in values.items() if key not in ("size", "sizes")}
+        if size is None:
+            return rest
+        if not isinstance(sizes.get(size), dict):
+            raise ValueError(f"model.size={size!r} is not among model.sizes; use one of {', '.join(sizes)}")
+        return _beneath(sizes[size], rest)
+
     @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
+    def _check_pattern(self) -> ModelConfig:
+        if self.size is not None:
+            raise ValueError(f"model.size={self.size!r} needs model.sizes, a mapping of sizes by name")
         specs = set(self.layer_specs())
         if LayerSpec(None, None) in specs:
             raise ValueError(
@@ -155,6 +128,17 @@ class ModelConfig(Section):
         else:
             items = [_parse_item(item, self.ffn.kind) for item in self.pattern]
         return [items[layer % len(items)] for layer in range(self.num_layers)]
+
+    @property
+    def rope_axes(self) -> int:
+        """How many coordinates of a token rotate queries and keys; 0: no rotary positions."""
+        return 0 if self.attention.rope_theta is None else 1
+
+    def linear_init(self, fan_out: int, fan_in: int, *, last: bool = False) -> Init:
+        """Of a linear's weight (fan_out, fan_in). last: of the last linear of a residual branch."""
+        if self.init == "xavier":
+            return Xavier(fan_out, fan_in)
+        return Normal(self.branch_init_std if last else self.init_std)
 
     @property
     def head_dim(self) -> int:
@@ -182,11 +166,39 @@ class ModelConfig(Section):
         return 1 / math.sqrt(2 * self.num_layers)
 
 
+class LanguageConfig(ModelConfig):
+    """Language model: embedding, blocks, norm and head."""
+
+    causal: ClassVar[bool] = True
+
+    family: Literal["lm"] = "lm"
+    """Language model."""
+    vocab_size: int = Field(ge=2)
+    """Rows of the embedding and of the head."""
+    tie_embeddings: bool = False
+    """The head uses the embedding's weight."""
+
+    @model_validator(mode="after")
+    def _check_language(self) -> LanguageConfig:
+        if self.scan is not None:
+            raise ValueError("model.scan orders the tokens of images; remove it from a language model")
+        return self
+
+
 def require_divides(divisor_key: str, divisor: int, number_key: str, number: int) -> None:
     """Raises ValueError, naming both keys and the values that would do, unless divisor divides number."""
     if number % divisor:
         use = ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
         raise ValueError(f"{divisor_key}={divisor} does not divide {number_key}={number}; use one of {use}")
+
+
+def _beneath(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` over `base`, mappings key by key."""
+    merged = {**base, **values}
+    for key in base.keys() & values.keys():
+        if isinstance(base[key], Mapping) and isinstance(values[key], Mapping):
+            merged[key] = _beneath(base[key], values[key])
+    return merged
 
 
 def _parse_item(item: str, default_ffn: str) -> LayerSpec:

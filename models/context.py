@@ -12,6 +12,8 @@ import torch
 
 if TYPE_CHECKING:
     from triptych.models.cache import Cache
+    from triptych.models.positions import Rope
+    from triptych.models.scan import Scan
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,12 @@ class Context:
     start: tokens that the cache holds already.
     sample_keys: int64 (B,), one key per sample for its dropout masks.
     cache: state of a generation, read and extended by the mixers.
+
+    Of denoisers alone, where positions may also be (1 | B, T, A), coordinates on a grid of A axes:
+    scan: where the tokens stand, for mixers that scan or shift. rope: rotary frequencies per axis.
+    memory: (B, L, C), the embedded text. conditioning: (B, G, C), what modulates the blocks: one vector per
+    image, of which a row holds G. images: int64 (B, T), which of the G a token belongs to; None: G is 1.
+    shared_modulation: (B, G, 6 C), what low-rank modulations have in common.
     """
 
     cu_seqlens: torch.Tensor | None = None
@@ -30,6 +38,12 @@ class Context:
     start: int = 0
     sample_keys: torch.Tensor | None = None
     cache: Cache | None = None
+    scan: Scan | None = None
+    rope: Rope | None = None
+    memory: torch.Tensor | None = None
+    conditioning: torch.Tensor | None = None
+    images: torch.Tensor | None = None
+    shared_modulation: torch.Tensor | None = None
 
     def positions_of(self, length: int, device: torch.device) -> torch.Tensor:
         """Positions (B, T), or (T,) where all rows have the same ones."""

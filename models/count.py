@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from triptych.models.config import ModelConfig
-from triptych.models.lm import LanguageModel
+from triptych.models.families import Model, build
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,14 @@ class BlockCount:
     kind: str
     mixer: int
     ffn: int
-    norms: int
+    other: int
+    """Norms, modulation, residual scales, long skips."""
     total: int
     active: int
 
 
 def parameter_count(config: ModelConfig) -> dict[str, Any]:
-    """{"total", "active", "embedding", "head", "norm": int, "per_block": [BlockCount as dict]}.
+    """{"total", "active": int, "parts": {part outside the blocks: int}, "per_block": [BlockCount as dict]}.
 
     active: parameters that one token meets; all of them in a dense model. head is 0 with tied embeddings.
     """
@@ -36,29 +37,37 @@ def parameter_count(config: ModelConfig) -> dict[str, Any]:
         mixer, ffn, total = _size(block.mixer), _size(block.ffn), _size(block)
         count = BlockCount(block.layer, block.kind, mixer, ffn, total - mixer - ffn, total, active=total)
         blocks.append(asdict(count))
-    parts = {"embedding": _size(model.embedding), "head": _size(model.head), "norm": _size(model.norm)}
+    parts = {name: _size(part) for name, part in _parts(model).items()}
     total = sum(parts.values()) + sum(block["total"] for block in blocks)
-    return {"total": total, "active": total, **parts, "per_block": blocks}
+    return {"total": total, "active": total, "parts": parts, "per_block": blocks}
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> dict[str, Any]:
-    """Forward FLOPs per token: {"total", "head": float, "per_kind": {kind: of one block}}.
+    """Forward FLOPs per token: {"total": float, "parts": {part: float}, "per_kind": {kind: of one block}}.
 
     Two per multiply-add. Attention scores count whole (T x T), causal or not, as in torch.utils.flop_counter;
-    norms, activations and the embedding do not count. Forward and backward together are three times as much.
+    norms, activations and embeddings do not count. Forward and backward together are three times as much.
     """
     model = build_on_meta(config)
     per_kind = {block.kind: block.flops(seq_len) / seq_len for block in model.blocks.values()}
-    assert model.head is not None, "a whole model has a head"
-    head = model.head.flops(seq_len) / seq_len
-    total = head + sum(per_kind[block.kind] for block in model.blocks.values())
-    return {"total": total, "head": head, "per_kind": per_kind}
+    parts = {
+        name: model.uses(name) * part.flops(seq_len) / seq_len
+        for name, part in _parts(model).items()
+        if hasattr(part, "flops")
+    }
+    total = sum(block.flops(seq_len) for block in model.blocks.values()) / seq_len + sum(parts.values())
+    return {"total": total, "parts": parts, "per_kind": per_kind}
 
 
-def build_on_meta(config: ModelConfig) -> LanguageModel:
+def build_on_meta(config: ModelConfig) -> Model:
     """The whole model without storage."""
     with torch.device("meta"):
-        return LanguageModel(config)
+        return build(config)
+
+
+def _parts(model: Model) -> dict[str, Any]:
+    """What stands outside the blocks."""
+    return {name: part for name, part in model.named_children() if name != "blocks"}
 
 
 def _size(module: nn.Module | None) -> int:

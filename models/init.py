@@ -59,6 +59,18 @@ class Uniform:
 
 
 @dataclass(frozen=True)
+class Xavier:
+    """Uniform with the variance 2 / (fan_in + fan_out) (Glorot and Bengio 2010)."""
+
+    fan_out: int
+    fan_in: int
+
+    def values(self, key: int, index: torch.Tensor) -> torch.Tensor:
+        bound = math.sqrt(6 / (self.fan_in + self.fan_out))
+        return Uniform(-bound, bound).values(key, index)
+
+
+@dataclass(frozen=True)
 class LogOfUniform:
     """Logarithm of a uniform between low and high: A_log of Mamba-2."""
 

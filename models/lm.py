@@ -5,26 +5,19 @@ Shape legend: B batch, T length, C hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import ValuesView
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from triptych.models.block import Block
+from triptych.models.block import build_blocks
 from triptych.models.cache import Cache
-from triptych.models.config import ModelConfig
+from triptych.models.config import LanguageConfig
 from triptych.models.context import build_context
 from triptych.models.dropout import salt_dropouts
 from triptych.models.norms import build_norm
 from triptych.models.vocabulary import Embedding, Head
-
-
-class Blocks(nn.ModuleDict):
-    """Blocks by their number in the whole model, written as a string."""
-
-    def values(self) -> ValuesView[Block]:
-        return cast("ValuesView[Block]", super().values())
 
 
 class LanguageModel(nn.Module):
@@ -36,13 +29,13 @@ class LanguageModel(nn.Module):
     Raises ValueError for layers outside the model, and for tied embeddings cut between stages.
     """
 
+    main_input: ClassVar[str] = "tokens"
+    targets_inside: ClassVar[bool] = True
+
     def __init__(
-        self, config: ModelConfig, layers: range | None = None, first: bool = True, last: bool = True
+        self, config: LanguageConfig, layers: range | None = None, first: bool = True, last: bool = True
     ) -> None:
         super().__init__()
-        layers = range(config.num_layers) if layers is None else layers
-        if len(layers) and not 0 <= min(layers) <= max(layers) < config.num_layers:
-            raise ValueError(f"layers={layers} leaves the model; it has model.num_layers={config.num_layers}")
         if config.tie_embeddings and first != last:
             raise ValueError(
                 "model.tie_embeddings=true needs embedding and head in one stage; "
@@ -50,11 +43,31 @@ class LanguageModel(nn.Module):
             )
         self.config = config
         self.embedding = Embedding(config) if first else None
-        specs = config.layer_specs()
-        self.blocks = Blocks({str(layer): Block(config, specs[layer], layer) for layer in layers})
+        self.blocks = build_blocks(config, layers)
         self.norm = build_norm(config) if last else None
         self.head = Head(config) if last else None
         salt_dropouts(self)
+
+    def uses(self, part: str) -> int:
+        """How often a forward pass goes through a part outside the blocks."""
+        return 1
+
+    @staticmethod
+    def keywords(batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What every stage is called with besides its main input, of the batch."""
+        names = ("document_ids", "sample_keys")
+        return {name: batch[name] for name in names if batch.get(name) is not None}
+
+    @staticmethod
+    def between(config: LanguageConfig, batch: Mapping[str, Any], layer: int, shards: int) -> list[Any]:
+        """Shapes of what enters block `layer` from a stage before; behind the last block, of the output.
+
+        shards: parts in which T is cut.
+        """
+        rows, length = batch["tokens"].shape
+        if layer == config.num_layers:
+            return [(rows, length)]
+        return [(rows, length // shards, config.hidden_size)]
 
     def forward(
         self,

@@ -36,38 +36,39 @@ def to_compute(x: torch.Tensor) -> torch.Tensor:
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, over the last dim (arXiv 1910.07467)."""
 
-    def __init__(self, channels: int, eps: float) -> None:
+    def __init__(self, channels: int, eps: float, affine: bool = True) -> None:
         super().__init__()
-        self.weight = unset(channels)
+        self.weight = unset(channels) if affine else None
         self.eps = eps
 
     def init(self) -> dict[str, Init]:
-        return {"weight": ONES}
+        return {} if self.weight is None else {"weight": ONES}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return to_compute(kernels.rms_norm(x, self.weight, eps=self.eps))
+        weight = x.new_ones(x.shape[-1]) if self.weight is None else self.weight
+        return to_compute(kernels.rms_norm(x, weight, eps=self.eps))
 
 
 class LayerNorm(nn.Module):
     """(x - mean(x)) / std(x) * weight + bias, over the last dim (arXiv 1607.06450)."""
 
-    def __init__(self, channels: int, eps: float) -> None:
+    def __init__(self, channels: int, eps: float, affine: bool = True) -> None:
         super().__init__()
-        self.weight = unset(channels)
-        self.bias = unset(channels)
+        self.weight = unset(channels) if affine else None
+        self.bias = unset(channels) if affine else None
         self.eps = eps
 
     def init(self) -> dict[str, Init]:
-        return {"weight": ONES, "bias": ZEROS}
+        return {} if self.weight is None else {"weight": ONES, "bias": ZEROS}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return to_compute(kernels.layer_norm(x, self.weight, self.bias, self.eps))
 
 
-def build_norm(config: ModelConfig) -> nn.Module:
-    """The norm before mixers, feed-forwards and the head."""
+def build_norm(config: ModelConfig, channels: int | None = None) -> nn.Module:
+    """A norm as the configuration wants it, over `channels` (unset: hidden_size)."""
     norm = RMSNorm if config.norm == "rmsnorm" else LayerNorm
-    return norm(config.hidden_size, config.norm_eps)
+    return norm(channels or config.hidden_size, config.norm_eps, config.norm_affine)
 
 
 class GatedRMSNorm(nn.Module):

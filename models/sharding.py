@@ -8,6 +8,10 @@ dotted child parameter -> how it is cut. What stands in no table is replicated. 
   that is not cut has a partial gradient on each rank.
 - `self.shards`: the module's mathematics crosses shards; `parallel/tensor.py` puts in the real `Shards`.
 
+Outside the regions, under sequence parallelism, the stream between blocks is cut along T. A module there that
+needs more than one token at a time, or stands at an end of the stream, carries `sequence`: "whole", its inputs
+are gathered in front and its output cut behind; "enter", its output is cut; "leave", its output is gathered.
+
 Modules infer their local numbers of heads, groups, channels and rows from their parameters' shapes, so
 one with cut weights needs to be told nothing else.
 """

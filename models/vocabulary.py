@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from triptych import kernels
-from triptych.models.config import ModelConfig
+from triptych.models.config import LanguageConfig
 from triptych.models.init import Init, Normal
 from triptych.models.linear import unset
 from triptych.models.sharding import VOCAB, Shards
@@ -25,7 +25,7 @@ class Embedding(nn.Module):
 
     tp_region = True
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
         self.weight = unset(config.vocab_size, config.hidden_size)
         self.vocab_size = config.vocab_size
@@ -57,7 +57,7 @@ class Head(nn.Module):
 
     tp_region = True
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
         self.vocab_size = config.vocab_size
         self.hidden_size = config.hidden_size

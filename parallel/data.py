@@ -9,10 +9,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from triptych.models.lm import LanguageModel
+from triptych.models import Model
 
 
-def apply_data_sharding(model: LanguageModel, mesh: DeviceMesh, *, reshard_after_forward: bool) -> None:
+def apply_data_sharding(model: Model, mesh: DeviceMesh, *, reshard_after_forward: bool) -> None:
     """Shard each block, and what remains with the model, over a (dp_replicate, dp_shard) mesh of more than 1.
 
     Gradients are summed over the ranks, never averaged: the loss is a share of the global batch's already.

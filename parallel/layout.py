@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from triptych import models
-from triptych.models.config import ModelConfig
+from triptych.models.config import LanguageConfig, ModelConfig
 from triptych.models.sharding import Cut
 from triptych.parallel.config import AXES, ParallelConfig
 
@@ -76,20 +76,31 @@ class Layout:
         if tp == 1:
             return
         specs = model.layer_specs()
-        if any(spec.mixer == "attention" for spec in specs):
+        if any(spec.mixer in ("attention", "cross_attention") for spec in specs):
             _require_divides(tp, "model.attention.num_heads", model.attention.num_heads)
             _require_groups(
                 tp, "model.attention.num_kv_heads", model.attention.num_kv_heads, model.attention.num_heads
             )
+        if any(spec.mixer == "dimsum" for spec in specs):
+            # Its fusion gives each half of the channels half of the heads.
+            half, groups = model.attention.num_heads // 2, model.attention.num_kv_heads // 2
+            _require_divides(tp, "half of model.attention.num_heads", half)
+            _require_groups(tp, "half of model.attention.num_kv_heads", groups, half)
         if any(spec.mixer == "mamba2" for spec in specs):
             heads = model.mamba2_num_heads
             _require_divides(tp, "expand * hidden_size / head_dim (heads) of model.mamba2", heads)
             _require_groups(tp, "model.mamba2.num_groups", model.mamba2.num_groups, heads)
-        _require_divides(tp, "model.vocab_size", model.vocab_size)
+        if isinstance(model, LanguageConfig):
+            _require_divides(tp, "model.vocab_size", model.vocab_size)
         if self.config.sequence_parallel:
-            _require_divides(tp, "data.seq_len", seq_len, "; or set parallel.sequence_parallel=false")
+            key = "data.seq_len" if isinstance(model, LanguageConfig) else "tokens per sample"
+            _require_divides(tp, key, seq_len, "; or set parallel.sequence_parallel=false")
         with torch.device("meta"):
-            _check_tables(models.build(model), tp)
+            whole = models.build(model)
+        for name, module in whole.named_modules():
+            if reason := getattr(module, "tp_refusal", None):
+                raise ValueError(f"parallel.tp={tp} does not serve {name}: {reason}; use parallel.tp=1")
+        _check_tables(whole, tp)
 
     def _check_pipeline(self, model: ModelConfig) -> None:
         pp = self.config.pp
@@ -98,7 +109,13 @@ class Layout:
                 f"parallel.pp={pp} exceeds model.num_layers={model.num_layers}: a stage would have no block; "
                 f"use at most {model.num_layers}"
             )
-        if pp > 1 and model.tie_embeddings:
+        if pp > 1 and getattr(model, "shared_block_every", 0):
+            raise ValueError(
+                f"parallel.pp={pp} with model.shared_block_every={model.shared_block_every}: places of one "
+                "block in several stages would share its weights, which is not built; use parallel.pp=1 or "
+                "model.shared_block_every=0"
+            )
+        if pp > 1 and getattr(model, "tie_embeddings", False):
             raise ValueError(
                 f"parallel.pp={pp} with model.tie_embeddings=true: the first and the last stage would share "
                 "a weight, which is not built; use parallel.pp=1 or model.tie_embeddings=false"

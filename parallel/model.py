@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from triptych.models import Model
 from triptych.parallel.data import sharded_modules
 from triptych.parallel.layout import Layout
 from triptych.parallel.pipeline import LossFunction, MicroBatch, Pipeline
@@ -21,7 +23,7 @@ class ParallelModel:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Model,
         layout: Layout,
         mesh: DeviceMesh,
         device: torch.device,
@@ -61,15 +63,20 @@ class ParallelModel:
     @torch.no_grad()
     def forward(self, micro_batches: list[MicroBatch], loss_fn: LossFunction) -> torch.Tensor:
         """The summed losses without gradients and without dropout; 0 except on the last stage."""
-        training = self.module.training
-        self.module.eval()
-        try:
+        with self._evaluating():
             if self.pipeline is not None:
                 return self.pipeline.run(micro_batches, loss_fn, backward=False)
             total = torch.zeros((), device=self.device)
             for batch in micro_batches:
                 total = total + self._loss(batch, loss_fn)
             return total
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = self.module.training
+        self.module.eval()
+        try:
+            yield
         finally:
             self.module.train(training)
             # FSDP2 leaves to backward what it keeps whole after forward, and here none follows.
@@ -77,13 +84,19 @@ class ParallelModel:
                 module.reshard()
 
     def _loss(self, batch: MicroBatch, loss_fn: LossFunction) -> torch.Tensor:
-        outputs = self.module(
-            batch["tokens"],
-            document_ids=batch.get("document_ids"),
-            sample_keys=batch.get("sample_keys"),
-            targets=batch["targets"],
-        )
-        return loss_fn(outputs, batch["targets"])
+        return loss_fn(self._call(batch), batch["targets"])
+
+    def _call(self, batch: MicroBatch) -> torch.Tensor:
+        keywords = self.module.keywords(batch)
+        if self.module.targets_inside and "targets" in batch:
+            keywords["targets"] = batch["targets"]
+        return self.module(batch[self.module.main_input], **keywords)
+
+    @torch.no_grad()
+    def predict(self, batch: MicroBatch) -> torch.Tensor:
+        """The outputs for one batch without targets, in eval mode; the same on the ranks of a data rank."""
+        with self._evaluating():
+            return self._call(batch) if self.pipeline is None else self.pipeline.predict(batch)
 
     def reduce_gradients(self) -> None:
         """Sum over tp the gradients to which each of its ranks contributed a part; all in one all-reduce.

@@ -76,13 +76,12 @@ def parallelize(
 
     pipeline = None
     if pp.size() > 1:
-        length = seq_len // tp.size if sequence_parallel else seq_len
         pipeline = Pipeline(
             module,
+            stages=stages,
             group=pp.get_group(),
             device=device,
-            tokens_shape=(micro_batch_size, seq_len),
-            hidden_shape=(micro_batch_size, length, model_config.hidden_size),
+            sequence_shards=tp.size if sequence_parallel else 1,
             dtype=dtype,
         )
     return ParallelModel(module, layout, mesh, device, pipeline)
@@ -107,8 +106,10 @@ def _return_no_view(module: nn.Module) -> None:
     forward = module.forward
 
     @functools.wraps(forward)
-    def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
+        if isinstance(output, tuple):
+            return tuple(part.clone() if part._is_view() else part for part in output)
         return output.clone() if output._is_view() else output
 
     module.forward = wrapped

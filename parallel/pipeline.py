@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-from triptych.models.config import ModelConfig
+from triptych.models import Model, ModelConfig
 from triptych.models.count import build_on_meta
 
 MicroBatch = dict[str, Any]
-"""tokens, targets: int64 (B, T); document_ids: int (B, T) or None; sample_keys: int64 (B,) or None."""
-LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(last stage's outputs, targets (B, T)) -> scalar: this micro-batch's share of the loss, to be summed."""
+"""The model's main input and keywords by name, and targets: a tensor or a dict of tensors."""
+LossFunction = Callable[[torch.Tensor, Any], torch.Tensor]
+"""(last stage's outputs, targets) -> scalar: this micro-batch's share of the loss, to be summed."""
 
 
 def cut_stages(config: ModelConfig, num_stages: int, seq_len: int) -> list[range]:
@@ -67,26 +67,27 @@ class Pipeline:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Model,
         *,
+        stages: Sequence[range],
         group: dist.ProcessGroup,
         device: torch.device,
-        tokens_shape: tuple[int, int],
-        hidden_shape: tuple[int, int, int],
+        sequence_shards: int,
         dtype: torch.dtype,
     ) -> None:
-        """tokens_shape: (B, T). hidden_shape, dtype: of what passes between stages (T cut under sequence
-        parallelism); both are the same for every micro-batch, so that nothing is agreed upon at run time."""
+        """stages: the blocks of each. sequence_shards: parts in which T is cut. dtype: of what passes between
+        stages. Shapes follow from the batch, so that nothing is agreed upon at run time."""
         self.module = module
+        self.stages = stages
         self.group = group
         self.device = device
         self.stage_index = dist.get_rank(group)
         self.num_stages = dist.get_world_size(group)
-        self.tokens_shape = tokens_shape
-        self.hidden_shape = hidden_shape
+        self.sequence_shards = sequence_shards
         self.dtype = dtype
-        self._schedules: dict[tuple[int, bool], Any] = {}
+        self._schedules: dict[Any, Any] = {}
         self._loss_fn: LossFunction | None = None
+        self._targets: list[Any] = []
 
     @property
     def is_first(self) -> bool:
@@ -97,69 +98,102 @@ class Pipeline:
         return self.stage_index == self.num_stages - 1
 
     def run(self, micro_batches: list[MicroBatch], loss_fn: LossFunction, *, backward: bool) -> torch.Tensor:
-        """Forward, and backward if asked for, of all micro-batches. The sum of their losses in the last
-        stage, detached; elsewhere 0."""
-        for batch in micro_batches:
-            shape = tuple(batch["tokens"].shape)
-            assert shape == self.tokens_shape, (
-                f"a micro-batch of {shape} in a pipeline built for {self.tokens_shape}"
-            )
-        schedule = self._schedule(len(micro_batches), backward)
+        """Forward, and backward if asked for, of all micro-batches, which are alike in shape. The sum of their
+        losses in the last stage, detached; elsewhere 0."""
+        schedule = self._schedule(micro_batches, backward)
         self._loss_fn = loss_fn
-        args = (_joined(micro_batches, "tokens"),) if self.is_first else ()
-        kwargs = {name: _joined(micro_batches, name) for name in ("document_ids", "sample_keys")}
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        losses: list[torch.Tensor] = []
+        self._targets = [batch["targets"] for batch in micro_batches]
         step = schedule.step if backward else schedule.eval
+        losses: list[torch.Tensor] = []
+        args, kwargs = self._arguments(micro_batches)
         if self.is_last:
-            targets = _joined(micro_batches, "targets")
-            step(*args, target=targets, losses=losses, return_outputs=False, **kwargs, targets=targets)
+            # The schedule cuts a tensor of targets up; what it cuts here are the micro-batches' numbers.
+            numbers = torch.arange(len(micro_batches))
+            step(*args, target=numbers, losses=losses, return_outputs=False, **kwargs)
         else:
             step(*args, return_outputs=False, **kwargs)
         if not losses:
             return torch.zeros((), device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))
         return torch.stack([loss.detach() for loss in losses]).sum()
 
-    def _schedule(self, num_micro_batches: int, backward: bool) -> Any:
+    def predict(self, batch: MicroBatch) -> torch.Tensor:
+        """The last stage's outputs of one batch without targets, on every stage."""
+        schedule = self._schedule([batch], False, loss=False)
+        args, kwargs = self._arguments([batch])
+        output = schedule.eval(*args, **kwargs)
+        if not self.is_last:
+            (shape,) = self._shapes(batch, self.num_stages)
+            output = torch.empty(shape, dtype=self.dtype, device=self.device)
+        output = output.contiguous()
+        dist.broadcast(output, group=self.group, group_src=self.num_stages - 1)
+        return output
+
+    def _arguments(self, micro_batches: list[MicroBatch]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What this stage is called with, of all micro-batches behind each other."""
+        main = torch.cat([batch[self.module.main_input] for batch in micro_batches])
+        keywords = [self.module.keywords(batch) for batch in _alike(micro_batches)]
+        joined = {name: _joined([found[name] for found in keywords]) for name in keywords[0]}
+        if self.is_last and self.module.targets_inside and "targets" in micro_batches[0]:
+            joined["targets"] = torch.cat([batch["targets"] for batch in micro_batches])
+        return (main,) if self.is_first else (), joined
+
+    def _schedule(self, micro_batches: list[MicroBatch], backward: bool, loss: bool = True) -> Any:
         """1F1B for steps. GPipe for forward, and for fewer micro-batches than stages, which never reach
         1F1B's steady state. Each schedule has a stage of its own, that is, buffers of its own."""
-        key = (num_micro_batches, backward)
+        count, batch = len(micro_batches), micro_batches[0]
+        shapes = [self._shapes(batch, stage) for stage in range(self.num_stages + 1)]
+        key = (count, backward, loss, str(shapes))
         if key not in self._schedules:
-            one_f_one_b = backward and num_micro_batches >= self.num_stages
+            one_f_one_b = backward and count >= self.num_stages
             schedule = Schedule1F1B if one_f_one_b else ScheduleGPipe
-            self._schedules[key] = schedule(
-                self._stage(), num_micro_batches, loss_fn=self._compute_loss, scale_grads=False
-            )
+            function = self._compute_loss if loss else None
+            self._schedules[key] = schedule(self._stage(batch), count, loss_fn=function, scale_grads=False)
         return self._schedules[key]
 
-    def _stage(self) -> PipelineStage:
-        tokens = torch.empty(self.tokens_shape, dtype=torch.int64, device="meta")
-        hidden = torch.empty(self.hidden_shape, dtype=self.dtype, device="meta", requires_grad=True)
-        nll = torch.empty(self.tokens_shape, dtype=self.dtype, device="meta", requires_grad=True)
+    def _shapes(self, batch: MicroBatch, stage: int) -> list[Any]:
+        """Of what enters a stage after the first; behind the last, of the output."""
+        if stage == 0:
+            return [tuple(batch[self.module.main_input].shape)]
+        layer = self.stages[stage - 1].stop
+        config: Any = self.module.config
+        return self.module.between(config, batch, layer, self.sequence_shards)
+
+    def _stage(self, batch: MicroBatch) -> PipelineStage:
+        def empty(stage: int) -> tuple[torch.Tensor, ...]:
+            shapes = self._shapes(batch, stage)
+            return tuple(
+                torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True) for shape in shapes
+            )
+
+        main = batch[self.module.main_input]
         return PipelineStage(
             self.module,
             self.stage_index,
             self.num_stages,
             self.device,
-            input_args=tokens if self.is_first else hidden,
-            output_args=nll if self.is_last else hidden,
+            input_args=torch.empty_like(main, device="meta") if self.is_first else empty(self.stage_index),
+            output_args=empty(self.stage_index + 1),
             group=self.group,
         )
 
-    def _compute_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _compute_loss(self, outputs: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         assert self._loss_fn is not None, "run() sets the loss before any schedule calls it"
-        return self._loss_fn(outputs, targets)
+        return self._loss_fn(outputs, self._targets[int(number)])
 
 
-def _joined(micro_batches: list[MicroBatch], name: str) -> torch.Tensor | None:
-    """(M * B, ...), which the schedule splits into M again; None where no micro-batch has it."""
-    values: list[Any] = [batch.get(name) for batch in micro_batches]
-    if all(value is None for value in values):
-        return None
-    if name == "document_ids":
-        # Without ids each row is one document, which equal ids say as well.
-        tokens = [batch["tokens"] for batch in micro_batches]
-        values = [torch.zeros_like(t) if value is None else value for t, value in zip(tokens, values)]
-    missing = [place for place, value in enumerate(values) if value is None]
-    assert not missing, f"micro-batches {missing} have no {name}, and others have"
-    return torch.cat(values)
+def _alike(micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+    """With document_ids in all where some have them: equal ids say, as their absence does, that a row is one
+    document."""
+    if all(batch.get("document_ids") is None for batch in micro_batches):
+        return micro_batches
+    return [
+        batch
+        if batch.get("document_ids") is not None
+        else {**batch, "document_ids": torch.zeros_like(batch["tokens"])}
+        for batch in micro_batches
+    ]
+
+
+def _joined(values: list[Any]) -> Any:
+    """(M * B, ...), which the schedule splits into M again; what is no tensor is the same for all."""
+    return torch.cat(values) if isinstance(values[0], torch.Tensor) else values[0]

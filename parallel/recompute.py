@@ -14,15 +14,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from triptych.models.lm import LanguageModel
+from triptych.models import Model
+from triptych.models.block import Block
 from triptych.parallel.config import Recompute
 
 
-def apply_recompute(model: LanguageModel, policy: Recompute) -> None:
+def apply_recompute(model: Model, policy: Recompute) -> None:
     """Wrap, in place, what the policy recomputes. Comes after tensor parallelism, so that its collectives run
     again with the block, on every rank in the same order."""
     if policy == "full":
-        for block in model.blocks.values():
+        for block in filter(lambda module: isinstance(module, Block), model.modules()):
             _recompute(block, "forward")
     elif policy == "selective":
         for module in model.modules():

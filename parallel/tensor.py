@@ -13,6 +13,7 @@ Shape legend: B batch, T length of the whole sequence, D channels.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from triptych.models.conditioning import Modulation
+from triptych.models.context import Context
 from triptych.models.dropout import Dropout
 from triptych.models.norms import GatedRMSNorm
 from triptych.models.sharding import REPLICATE, Cut, Shards
@@ -72,6 +75,10 @@ def apply_tensor_parallel(
         _tell_shards(module, axis, sequence_parallel)
     for module in regions.values():
         module.forward = _region_forward(module, axis, sequence_parallel, regather)
+    if sequence_parallel:
+        for module in model.modules():
+            if hasattr(module, "sequence"):
+                module.forward = _sequence_forward(module, axis)
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,11 @@ def _tell_shards(module: nn.Module, axis: Axis, sequence_parallel: bool) -> None
         module.shards = _AxisShards(axis, start=axis.rank * (module.vocab_size // axis.size))
     elif isinstance(module, GatedRMSNorm) and axis.size > module.num_groups:
         module.shards = _AxisShards(axis, start=axis.rank // (axis.size // module.num_groups))
+    elif getattr(module, "sums_inside", False):
+        module.shards = _AxisShards(axis, start=axis.rank)
     elif isinstance(module, Dropout) and (module.cut == "heads" or sequence_parallel):
+        module.shard_rank, module.shard_count = axis.rank, axis.size
+    elif isinstance(module, Modulation) and sequence_parallel:
         module.shard_rank, module.shard_count = axis.rank, axis.size
 
 
@@ -180,11 +191,14 @@ def _region_forward(
     """The region's forward between its collectives."""
     forward = module.forward
     is_embedding, is_head = isinstance(module, Embedding), isinstance(module, Head)
+    reads_memory = getattr(module, "reads_memory", False) and not sequence_parallel
 
     @functools.wraps(forward)
     def wrapped(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if is_head and isinstance(kwargs.get("weight"), DTensor):
             kwargs["weight"] = kwargs["weight"].to_local()
+        if reads_memory:
+            args = tuple(_memory_summed_in_backward(value, axis) for value in args)
         if is_embedding:
             y = forward(x, *args, **kwargs)
         elif not sequence_parallel:
@@ -200,3 +214,36 @@ def _region_forward(
         return scatter_sum(y, SEQUENCE_DIM, axis) if sequence_parallel else sum_partial(y, axis)
 
     return wrapped
+
+
+def _memory_summed_in_backward(value: Any, axis: Axis) -> Any:
+    """A context whose memory, like a region's input, gets the sum of the ranks' gradients."""
+    if not isinstance(value, Context) or value.memory is None:
+        return value
+    return dataclasses.replace(value, memory=sum_in_backward(value.memory, axis))
+
+
+def _sequence_forward(module: nn.Module, axis: Axis) -> Callable[..., Any]:
+    """The forward of a module that stands across or at an end of the cut stream, see models/sharding.py.
+
+    Ranks compute the same and each takes its part, so that gradients of parameters are partial sums.
+    """
+    forward, place = module.forward, module.sequence
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if place == "whole":
+            args = tuple(
+                gather_sequence(value, SEQUENCE_DIM, axis) if _is_stream(value) else value for value in args
+            )
+        y = forward(*args, **kwargs)
+        if place == "leave":
+            return join_shards(y, SEQUENCE_DIM, axis)
+        return y.chunk(axis.size, SEQUENCE_DIM)[axis.rank]
+
+    return wrapped
+
+
+def _is_stream(value: Any) -> bool:
+    """Of the arguments of a "whole" module the floating (B, T, C) ones are cut; indices are not."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from triptych.models import ModelConfig
+from triptych.models import LanguageConfig
 from triptych.parallel.config import ParallelConfig
 
 
@@ -29,7 +29,7 @@ class Block:
     """A model of one block, and the micro-batch that goes through it."""
 
     name: str
-    model: ModelConfig
+    model: LanguageConfig
     batch: int
     seq_len: int
 
@@ -37,7 +37,7 @@ class Block:
 def attention_block(*, batch: int, seq_len: int, hidden_size: int, num_heads: int) -> Block:
     """The layer of arXiv 2205.05198: attention and a GELU MLP of 4h, layer norms, three dropouts; scores are
     materialised, and positions are not the block's business."""
-    model = ModelConfig.model_validate({
+    model = LanguageConfig.model_validate({
         "vocab_size": 2,
         "hidden_size": hidden_size,
         "num_layers": 1,
@@ -63,7 +63,7 @@ def mamba2_block(
     chunk_size: int = 64,
 ) -> Block:
     """A Mamba-2 block as published: RMS norm and mixer, no feed-forward, no dropout."""
-    model = ModelConfig.model_validate({
+    model = LanguageConfig.model_validate({
         "vocab_size": 2,
         "hidden_size": hidden_size,
         "num_layers": 1,

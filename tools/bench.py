@@ -115,10 +115,10 @@ class BenchReport:
                 one.case.name,
                 f"{1e3 * one.ours.median:.1f}",
                 f"{1e3 * one.theirs.median:.1f}",
-                f"{one.speed_ratio:.2f}x{_verdict(one.case.target_speed, one.fast_enough, '>=')}",
+                f"{one.speed_ratio:.2f}x{verdict(one.case.target_speed, one.fast_enough, '>=')}",
                 f"{one.ours.peak_bytes / 2**20:.0f}",
                 f"{one.theirs.peak_bytes / 2**20:.0f}",
-                f"{one.memory_ratio:.2f}{_verdict(one.case.target_memory, one.small_enough, '<=')}",
+                f"{one.memory_ratio:.2f}{verdict(one.case.target_memory, one.small_enough, '<=')}",
             ]
             for one in self.comparisons
         ]
@@ -199,10 +199,7 @@ def bench_train(
     Raises RuntimeError when transformers is not installed (mend: pip install 'triptych[hf]') and when the two
     sides do not compute the same numbers; ValueError for repeats or threads below 1.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats} measures nothing; give 1 or more")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads={threads} cannot compute; give 1 or more")
+    check_options(repeats, threads)
     if importlib.util.find_spec("transformers") is None:
         raise RuntimeError(
             "bench train compares with transformers, which is not installed: pip install 'triptych[hf]'"
@@ -232,7 +229,16 @@ def bench_train(
     return BenchReport(comparisons, versions, threads)
 
 
-def _verdict(target: float | None, reached: bool, sign: str) -> str:
+def check_options(repeats: int, threads: int | None) -> None:
+    """Raises ValueError for repeats or threads below 1."""
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats} measures nothing; give 1 or more")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads} cannot compute; give 1 or more")
+
+
+def verdict(target: float | None, reached: bool, sign: str) -> str:
+    """A target and whether it was reached, to stand behind a number; empty where there is none."""
     return "" if target is None else f" ({sign} {target:g}: {'reached' if reached else 'MISSED'})"
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from triptych.tools.bench_weights import load_into_transformers, unfuse
 
 if TYPE_CHECKING:
-    from triptych.models import LanguageModel, ModelConfig
+    from triptych.models import LanguageModel, LanguageConfig
 
 WARM_UP = 2
 
@@ -93,12 +93,12 @@ def their_scan(chunk: int) -> Callable[..., Tensor]:
     return lambda x, dt, a, b, c, d: fallback(x, dt, a, b, c, chunk, D=d)
 
 
-def model_config(shape: dict[str, Any]) -> ModelConfig:
+def model_config(shape: dict[str, Any]) -> LanguageConfig:
     """The hybrid of the comparison: Mamba-2 with attention at `attention_layers`, SwiGLU everywhere."""
-    from triptych.models import ModelConfig
+    from triptych.models import LanguageConfig
 
     attention = set(shape["attention_layers"])
-    return ModelConfig.model_validate({
+    return LanguageConfig.model_validate({
         "family": "lm",
         "vocab_size": shape["vocab_size"],
         "hidden_size": shape["hidden_size"],

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from triptych.models import LanguageModel, ModelConfig
+from triptych.models import LanguageModel, LanguageConfig
 from triptych.parallel.collectives import Axis
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.recompute import apply_recompute
@@ -33,7 +33,7 @@ from triptych.tools.kept import Kept, kept_by_backward
 class StageSpec:
     """What to build, and what to run through it."""
 
-    model: ModelConfig
+    model: LanguageConfig
     parallel: ParallelConfig
     """Only tp, sequence_parallel and recompute matter: data parallelism keeps the same, and a pipeline's
     stages are counted one by one."""

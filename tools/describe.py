@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Group
 
-from triptych.data_pipeline.loader import open_training
 from triptych.models import flops_per_token, parameter_count
 from triptych.parallel.layout import Layout
 from triptych.parallel.pipeline import cut_stages
 from triptych.tools.counting import StageSpec, count_stage
 from triptych.tools.kept import total_bytes
 from triptych.tools.render import bytes_text, count_text, table_of
+from triptych.training.data import open_training
+from triptych.training.sections import tokens_per_sample
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -45,6 +46,16 @@ class BlockRow:
     """Of one of them: parameters that one token meets."""
     flops_per_token: float
     """Of one of them, forward."""
+
+
+@dataclass(frozen=True)
+class PartRow:
+    """What stands outside the blocks, such as the head."""
+
+    name: str
+    parameters: int
+    flops_per_token: float
+    """Forward."""
 
 
 @dataclass(frozen=True)
@@ -103,16 +114,13 @@ class Description:
 
     family: str
     hidden_size: int
-    vocab_size: int
     num_layers: int
     parameters: int
     active_parameters: int
-    embedding_parameters: int
-    head_parameters: int
-    norm_parameters: int
+    parts: list[PartRow]
     blocks: list[BlockRow]
     forward_flops_per_token: float
-    head_flops_per_token: float
+    forward_flops_per_sample: float
     train_flops_per_token: float
     """Forward and backward, without recomputation."""
     batch: BatchArithmetic
@@ -129,7 +137,7 @@ class Description:
         return Group(self._model_table(), self._batch_table(), self._rank_table())
 
     def _model_table(self) -> RenderableType:
-        rows: list[Sequence[object]] = [["embedding", "", f"{self.embedding_parameters:,}", "", "-"]]
+        rows: list[Sequence[object]] = []
         for block in self.blocks:
             count = len(block.layers)
             rows.append(
@@ -141,17 +149,19 @@ class Description:
                     f"{count} x {count_text(block.flops_per_token)}",
                 ]
             )
-        rows.append(["norm", "", f"{self.norm_parameters:,}", "", "-"])
-        rows.append(["head", "", f"{self.head_parameters:,}", "", count_text(self.head_flops_per_token)])
+        rows += [
+            [part.name, "", f"{part.parameters:,}", "", count_text(part.flops_per_token)] for part in self.parts
+        ]
         rows.append([
             "all", "", f"{self.parameters:,}", f"{self.active_parameters:,}",
             count_text(self.forward_flops_per_token),
         ])  # fmt: skip
         return table_of(
-            f"Model: {self.family}, hidden size {self.hidden_size}, vocabulary {self.vocab_size}",
+            f"Model: {self.family}, hidden size {self.hidden_size}",
             ["part", "layers", "parameters", "of these active", "forward FLOPs per token"],
             rows,
-            caption=f"Training takes {count_text(self.train_flops_per_token)}FLOPs per token (forward and "
+            caption=f"Forward takes {count_text(self.forward_flops_per_sample)}FLOPs per sample, twice its "
+            f"multiply-adds. Training takes {count_text(self.train_flops_per_token)}FLOPs per token (forward and "
             f"backward), {count_text(self.train_flops)}FLOPs in all.",
         )
 
@@ -232,26 +242,25 @@ def describe(run: RunSections) -> Description:
     layout = Layout(run.parallel)
     layout.check(
         run.model,
-        seq_len=run.data.seq_len,
+        seq_len=tokens_per_sample(run),
         global_batch_size=run.train.global_batch_size,
         micro_batch_size=run.train.micro_batch_size,
     )
     parameters = parameter_count(run.model)
-    flops = flops_per_token(run.model, run.data.seq_len)
+    flops = flops_per_token(run.model, tokens_per_sample(run))
     batch = batch_arithmetic(run, layout)
     return Description(
         family=run.model.family,
         hidden_size=run.model.hidden_size,
-        vocab_size=run.model.vocab_size,
         num_layers=run.model.num_layers,
         parameters=parameters["total"],
         active_parameters=parameters["active"],
-        embedding_parameters=parameters["embedding"],
-        head_parameters=parameters["head"],
-        norm_parameters=parameters["norm"],
+        parts=[
+            PartRow(name, size, flops["parts"].get(name, 0.0)) for name, size in parameters["parts"].items()
+        ],
         blocks=block_rows(parameters["per_block"], flops["per_kind"]),
         forward_flops_per_token=flops["total"],
-        head_flops_per_token=flops["head"],
+        forward_flops_per_sample=flops["total"] * tokens_per_sample(run),
         train_flops_per_token=3 * flops["total"],
         batch=batch,
         train_flops=3 * flops["total"] * batch.tokens,
@@ -278,12 +287,14 @@ def block_rows(per_block: Sequence[dict[str, Any]], flops: dict[str, float]) -> 
 
 def batch_arithmetic(run: RunSections, layout: Layout) -> BatchArithmetic:
     """Samples, tokens, steps; epochs too where the corpora can be opened."""
-    train, seq_len = run.train, run.data.seq_len
+    train, seq_len = run.train, tokens_per_sample(run)
     per_epoch: dict[str, int] | None = None
     epochs: dict[str, float] | None = None
     steps_per_epoch, note = None, None
     try:
-        dataset = open_training(run.data, train.seed)
+        dataset = open_training(run)
+        if not hasattr(dataset, "sources"):
+            raise ValueError("the sources are streamed, and how many samples a stream has is not known")
     except ValueError as error:
         note = str(error)
     else:
@@ -310,7 +321,7 @@ def batch_arithmetic(run: RunSections, layout: Layout) -> BatchArithmetic:
 
 def rank_rows(run: RunSections, layout: Layout, num_micro_batches: int) -> list[RankRow]:
     """One row per rank. Stages are counted once each: ranks of a stage keep the same number of bytes."""
-    stages = cut_stages(run.model, run.parallel.pp, run.data.seq_len)
+    stages = cut_stages(run.model, run.parallel.pp, tokens_per_sample(run))
     fp64 = run.train.precision == "fp64"
     counted = [
         count_stage(
@@ -321,7 +332,7 @@ def rank_rows(run: RunSections, layout: Layout, num_micro_batches: int) -> list[
                 first=stage == 0,
                 last=stage == len(stages) - 1,
                 batch=run.train.micro_batch_size,
-                seq_len=run.data.seq_len,
+                seq_len=tokens_per_sample(run),
                 dtype=torch.float64 if fp64 else torch.float32,
                 autocast=torch.bfloat16 if run.train.precision == "bf16" else None,
             )

@@ -15,7 +15,7 @@ from triptych.data_pipeline.dataset import IGNORE, SequentialDataset
 from triptych.data_pipeline.loader import BatchLoader, open_validation
 from triptych.data_pipeline.tokenizer import TextTokenizer
 from triptych.tools.render import table_of
-from triptych.tools.trained import Trained, load_trained
+from triptych.tools.trained import TrainedLanguageModel, load_language_model
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -85,7 +85,7 @@ def evaluate(
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} evaluates nothing; give 1 or more")
     say = progress or (lambda line: None)
-    trained = load_trained(path, device)
+    trained = load_language_model(path, device)
     validation = open_validation(
         trained.data, limit=samples or trained.train.eval_samples, vocab_size=trained.model.vocab_size
     )
@@ -115,7 +115,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def cross_entropy(trained: Trained, validation: SequentialDataset, batch_size: int) -> tuple[float, int]:
+def cross_entropy(trained: TrainedLanguageModel, validation: SequentialDataset, batch_size: int) -> tuple[float, int]:
     """Sum of the cross-entropy in nats over all targets, accumulated in float64, and their number."""
     total, targets = 0.0, 0
     for first in range(0, len(validation), batch_size):
@@ -134,7 +134,7 @@ def cross_entropy(trained: Trained, validation: SequentialDataset, batch_size: i
     return total, targets
 
 
-def target_bytes(trained: Trained, validation: SequentialDataset) -> int | None:
+def target_bytes(trained: TrainedLanguageModel, validation: SequentialDataset) -> int | None:
     """UTF-8 bytes of the text that the targets spell; None where the run's tokenizer cannot be read.
 
     The first token of each document is no target, and neither are its bytes; the end of a document is a

@@ -9,7 +9,7 @@ import torch
 
 from triptych.data_pipeline.tokenizer import TextTokenizer
 from triptych.models import generate
-from triptych.tools.trained import Trained, load_trained
+from triptych.tools.trained import TrainedLanguageModel, load_language_model
 
 
 def sample(
@@ -34,7 +34,7 @@ def sample(
     the seed; it does not depend on the other prompts.
     Raises ValueError when there is no checkpoint or no tokenizer at the places named.
     """
-    trained = load_trained(path, device)
+    trained = load_language_model(path, device)
     words = load_tokenizer(trained, tokenizer)
     texts = []
     # One prompt at a time: prompts of different lengths would need padding, which a state cache cannot
@@ -60,7 +60,7 @@ def sample(
     return texts
 
 
-def load_tokenizer(trained: Trained, tokenizer: str | Path | None) -> TextTokenizer:
+def load_tokenizer(trained: TrainedLanguageModel, tokenizer: str | Path | None) -> TextTokenizer:
     """The tokenizer at `tokenizer`, else of the run.
 
     Raises ValueError when neither names one, when the file cannot be read, or when it has ids that the model

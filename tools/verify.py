@@ -24,6 +24,8 @@ from triptych.parallel.local import run_local
 from triptych.tools.layouts import LayoutName, default_layouts, parse_layout
 from triptych.tools.render import table_of
 from triptych.tools.verify_rank import Job, RankResult, Worst, run_rank
+from triptych.training.objectives import build_objective
+from triptych.training.sections import tokens_per_sample
 from triptych.tools.verify_samples import corpus_samples, synthetic_samples
 
 if TYPE_CHECKING:
@@ -126,7 +128,7 @@ def verify(
     Only the micro-batch is made smaller where a layout has more data ranks or stages than it leaves samples
     for.
     steps: optimizer steps, with the run's own optimizer, schedule and clipping.
-    synthetic: random token ids instead of the corpus of `data.sources` (for when there is none).
+    synthetic: random tokens or images instead of those of `data.sources` (for when there are none).
     timeout: seconds for one layout.
     progress: called with one line of text per layout begun and ended.
 
@@ -137,7 +139,7 @@ def verify(
         raise ValueError(f"steps={steps} trains nothing; give 1 or more")
     chosen, skipped = _choose(run, layouts)
     make = synthetic_samples if synthetic else corpus_samples
-    samples = make(run, steps * run.train.global_batch_size)
+    samples = make(run, steps)
     say = progress or (lambda line: None)
     results, failed = [], {}
     with tempfile.TemporaryDirectory(prefix="triptych-verify-") as folder:
@@ -146,13 +148,14 @@ def verify(
         single = run.parallel.model_copy(
             update=dict.fromkeys(("pp", "dp_replicate", "dp_shard", "tp"), 1) | {"recompute": "none"}
         )
-        job = Job(run.model, single, train, run.data.seq_len, samples, steps, folder)
+        objective, seq_len = build_objective(run), tokens_per_sample(run)
+        job = Job(run.model, single, train, objective, seq_len, samples, folder)
         (reference,) = run_local(1, run_rank, job, None, timeout=timeout)
         for layout in chosen:
             say(f"{layout.text} ({layout.config.world_size} processes)")
             start = time.perf_counter()
             fitted = train.model_copy(update={"micro_batch_size": micro_batch_size(layout.config, run)})
-            job = Job(run.model, layout.config, fitted, run.data.seq_len, samples, steps, folder)
+            job = Job(run.model, layout.config, fitted, objective, seq_len, samples, folder)
             try:
                 ranks = run_local(layout.config.world_size, run_rank, job, reference, timeout=timeout)
             except Exception as error:
@@ -203,7 +206,7 @@ def micro_batch_size(config: ParallelConfig, run: RunSections) -> int:
 def _check(config: ParallelConfig, run: RunSections) -> None:
     Layout(config).check(
         run.model,
-        seq_len=run.data.seq_len,
+        seq_len=tokens_per_sample(run),
         global_batch_size=run.train.global_batch_size,
         micro_batch_size=micro_batch_size(config, run),
     )

@@ -16,15 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from triptych.models import ModelConfig
+from triptych.models import ModelConfig, fill, init_table
+from triptych.models.init import ZEROS, Normal
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.layout import Layout, build_mesh
 from triptych.parallel.model import ParallelModel
 from triptych.parallel.parallelize import parallelize
 from triptych.parallel.shards import local_part, window
 from triptych.training.config import TrainConfig
-from triptych.training.evaluation import MicroBatchLoss, global_count, global_sums
-from triptych.training.objectives import LanguageModeling
+from triptych.training.evaluation import MicroBatchLoss, global_count, global_sums, prepare
+from triptych.training.objectives import Batch, Objective
 from triptych.training.optimizer import AdamW
 from triptych.training.schedule import factor
 
@@ -32,6 +33,7 @@ from triptych.training.schedule import factor
 # that softmax ignores, say), and its relative difference says nothing: differences are measured against its
 # own largest element or this share of the model's, whichever is more.
 FLOOR = 1e-6
+DISTURBANCE = 0.02
 GRADIENTS, PARAMETERS = "gradients.safetensors", "parameters.safetensors"
 
 
@@ -42,10 +44,10 @@ class Job:
     model: ModelConfig
     parallel: ParallelConfig
     train: TrainConfig
+    objective: Objective
     seq_len: int
-    samples: dict[str, Tensor]
-    """All samples in order: tokens, targets, document_ids (samples, T), sample_keys (samples,)."""
-    steps: int
+    samples: list[Batch]
+    """The global batch of each step."""
     folder: str
     """Where the single process's files are."""
 
@@ -70,7 +72,7 @@ class RankResult:
 
 
 def run_rank(job: Job, reference: RankResult | None) -> RankResult:
-    """Train `job.steps` steps in float64; `reference` is None in the single process, which writes the
+    """Train a step per global batch in float64; `reference` is None in the single process, which writes the
     files."""
     layout = Layout(job.parallel)
     dp_rank = layout.dp_rank(dist.get_rank())
@@ -86,13 +88,15 @@ def run_rank(job: Job, reference: RankResult | None) -> RankResult:
         micro_batch_size=job.train.micro_batch_size,
         num_micro_batches=per_rank // job.train.micro_batch_size,
     )
+    disturb_zeros(model, job.train.seed)
     optimizer = AdamW(model.named_parameters(), job.train.optimizer)
     losses, grad_norms = [], []
     gradients: dict[str, Worst] = {}
-    for step in range(1, job.steps + 1):
-        first = (step - 1) * job.train.global_batch_size + dp_rank * per_rank
-        batches = micro_batches(job.samples, range(first, first + per_rank), job.train.micro_batch_size)
-        losses.append(forward_backward(model, batches, dp_rank))
+    for step, samples in enumerate(job.samples, 1):
+        mine = range(dp_rank * per_rank, (dp_rank + 1) * per_rank)
+        batches = micro_batches(samples, mine, job.train.micro_batch_size)
+        batches = prepare(job.objective, batches, step, training=True)
+        losses.append(forward_backward(model, job.objective, batches, dp_rank))
         grad_norms.append(float(model.grad_norm()))
         if step == 1:
             gradients = compare(
@@ -103,9 +107,19 @@ def run_rank(job: Job, reference: RankResult | None) -> RankResult:
     return RankResult(losses, grad_norms, gradients, parameters)
 
 
-def forward_backward(model: ParallelModel, batches: list[dict[str, Tensor]], dp_rank: int) -> float:
+def disturb_zeros(model: ParallelModel, seed: int) -> None:
+    """Give what starts at zero small values, so that no gradient vanishes behind a gate or head of zeros."""
+    table = init_table(model.module)
+    for shard in model.shards():
+        if table[shard.name] == ZEROS:
+            noise = Normal(DISTURBANCE)
+            fill(shard.tensor, noise, seed, f"verify {shard.name}", shard.offset, shard.global_shape)
+
+
+def forward_backward(
+    model: ParallelModel, objective: Objective, batches: list[Batch], dp_rank: int
+) -> float:
     """Gradients of the mean loss over the global batch, summed over ranks; returns that loss."""
-    objective = LanguageModeling()
     count = global_count(model, objective, batches)
     function = MicroBatchLoss(objective, max(count, 1.0), torch.device("cpu"))
     local = model.forward_backward(batches, function)
@@ -122,8 +136,8 @@ def update(model: ParallelModel, optimizer: AdamW, train: TrainConfig, step: int
     model.zero_grad()
 
 
-def micro_batches(samples: dict[str, Tensor], indices: range, size: int) -> list[dict[str, Tensor]]:
-    """Samples `indices` in parts of `size`."""
+def micro_batches(samples: Batch, indices: range, size: int) -> list[Batch]:
+    """Samples `indices` of a global batch in parts of `size`."""
     return [
         {key: value[first : first + size] for key, value in samples.items()}
         for first in range(indices.start, indices.stop, size)

@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
-from triptych.data_pipeline.vocabulary import check_vocabulary
+from triptych.models import DiffusionConfig
+from triptych.models.registry import MIXERS
 from triptych.parallel.layout import Layout
-from triptych.training.sections import RunSections
+from triptych.training.data import check_data
+from triptych.training.objectives import build_objective
+from triptych.training.sections import RunSections, tokens_per_sample
 
 
 def check(run: RunSections) -> None:
     """Raise ValueError for sections that do not go together; reads the headers of the data."""
+    check_data(run)
+    if not isinstance(run.model, DiffusionConfig):
+        for key, value in (("train.tread", run.train.tread), ("log.images", run.log.images)):
+            if value is not None:
+                raise ValueError(
+                    f"{key} is for denoisers, and model.family={run.model.family}; remove it"
+                )
+    build_objective(run)
     Layout(run.parallel).check(
         run.model,
-        seq_len=run.data.seq_len,
+        seq_len=tokens_per_sample(run),
         global_batch_size=run.train.global_batch_size,
         micro_batch_size=run.train.micro_batch_size,
     )
-    check_vocabulary(run.data, run.model.vocab_size)
+    _check_routing(run)
     if run.train.eval_every and not run.data.valid:
         raise ValueError(
             f"train.eval_every={run.train.eval_every} needs validation data; name it in data.valid or set "
             "train.eval_every=0"
+        )
+
+
+def _check_routing(run: RunSections) -> None:
+    """TREAD with these mixers, and under this layout: the tokens that stay are cut along T as well."""
+    tread, tp = run.train.tread, run.parallel.tp
+    if tread is None:
+        return
+    for spec in run.model.layer_specs()[tread.start : tread.end]:
+        if reason := getattr(MIXERS.get(spec.mixer or ""), "tread_refusal", None):
+            raise ValueError(
+                f"train.tread leaves tokens out of blocks {tread.start} to {tread.end - 1}, where {spec.mixer} "
+                f"stands: {reason}; remove train.tread, or choose other blocks"
+            )
+    if tp == 1 or not run.parallel.sequence_parallel:
+        return
+    tokens = tokens_per_sample(run)
+    kept = tokens - int(tokens * tread.rate)
+    if kept % tp:
+        raise ValueError(
+            f"parallel.tp={tp} does not divide the {kept} of {tokens} tokens that train.tread.rate={tread.rate} "
+            "keeps; change the rate, or set parallel.sequence_parallel=false"
         )

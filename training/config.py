@@ -9,6 +9,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from triptych.training.ema import EMAConfig
+from triptych.training.image_grids import ImageGridConfig
+from triptych.training.objectives.config import ObjectiveConfig, TreadConfig
+
 Precision = Literal["fp32", "bf16", "fp64"]
 
 
@@ -77,6 +81,12 @@ class TrainConfig(BaseModel):
     precision: Precision = "fp32"
     """fp32; bf16 (parameters, moments and reductions stay fp32, matrix products run in bf16); fp64 (for
     verification)."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What a denoiser is trained for; language models have next-token prediction."""
+    tread: TreadConfig | None = None
+    """Part of a denoiser's tokens goes around some blocks in training; null: none does."""
+    ema: EMAConfig | None = None
+    """Average of the parameters over the steps, kept beside them; null: none."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The update rule."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -146,6 +156,8 @@ class LogConfig(BaseModel):
     """Steps between two reports (progress line, metrics.jsonl, TensorBoard)."""
     tensorboard: bool = True
     """Write TensorBoard events to <run>/tensorboard."""
+    images: ImageGridConfig | None = None
+    """Images to draw while a denoiser trains, always from the same noise; null: none."""
     profile: ProfileConfig | None = None
     """Steps to trace into <run>/profile; null traces none."""
 

@@ -49,11 +49,13 @@ def to_device(batches: Iterable[Mapping[str, Any]], device: torch.device) -> lis
     ]
 
 
-def prepare(objective: Objective, batches: Iterable[Batch], step: int) -> list[Batch]:
+def prepare(
+    objective: Objective, batches: Iterable[Batch], step: int, *, training: bool
+) -> list[Batch]:
     """The objective's inputs of each micro-batch, with its targets under `targets`."""
     prepared = []
     for batch in batches:
-        inputs, targets = objective.prepare(batch, step)
+        inputs, targets = objective.prepare(batch, step, training)
         prepared.append({**inputs, "targets": targets})
     return prepared
 
@@ -98,7 +100,7 @@ def evaluate(
     loss, count = 0.0, 0.0
     metrics = dict.fromkeys(objective.metric_names, 0.0)
     for batch in batches:
-        micro_batches = prepare(objective, to_device(batch, device), step)
+        micro_batches = prepare(objective, to_device(batch, device), step, training=False)
         function = MicroBatchLoss(objective, 1.0, device)
         total = model.forward(micro_batches, function)
         sums = global_sums(model, function, total, dp_rank, dp_size)

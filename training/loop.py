@@ -23,6 +23,8 @@ def train(session: Session) -> None:
         if due(step, config.eval_every, config.steps):
             session.evaluate()
         session.report(step, loss, grad_norm)
+        if due(step, session.grids_every, config.steps):
+            session.draw_grid(step)
         if due(step, checkpoint.every, config.steps) or step == config.steps:
             session.save(step)
 

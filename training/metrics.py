@@ -120,6 +120,11 @@ class MetricsWriter:
             # A full disk must not end the run.
             log.warning("metrics of step %d were not written: %s", report.step, error)
 
+    def write_image(self, name: str, picture: Any, step: int) -> None:
+        """A picture, uint8 (H, W, C), to TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(name, picture, step, dataformats="HWC")
+
     def close(self) -> None:
         """Flush and close."""
         self._file.close()

@@ -11,12 +11,14 @@ import yaml
 
 from triptych.models import flops_per_token
 from triptych.training.evaluation import Sums
+from triptych.training.image_grids import save_grid
 from triptych.training.metrics import MetricsWriter, StepReport, Stopwatch, memory_bytes, peak_flops
-from triptych.training.sections import RunSections, as_json
+from triptych.training.pictures import Pictures
+from triptych.training.sections import RunSections, as_json, tokens_per_sample
 
 _BACKWARD_AND_FORWARD = 3.0
 # Phases that are not training: they do not count against tokens per second.
-_ASIDE = ("evaluate", "save")
+_ASIDE = ("evaluate", "images", "save")
 
 
 class Reporter:
@@ -38,14 +40,15 @@ class Reporter:
         self.run = run
         self.device = device
         self.listener = listener
+        self._run_dir = run_dir
         self.writer = MetricsWriter(
             run_dir,
             start=start,
             tensorboard=run.log.tensorboard,
             config_text=yaml.safe_dump(as_json(run), sort_keys=False),
         )
-        self._tokens_per_step = run.train.global_batch_size * run.data.seq_len
-        self._flops = _BACKWARD_AND_FORWARD * flops_per_token(run.model, run.data.seq_len)["total"]
+        self._tokens_per_step = run.train.global_batch_size * tokens_per_sample(run)
+        self._flops = _BACKWARD_AND_FORWARD * flops_per_token(run.model, tokens_per_sample(run))["total"]
         peak = peak_flops(device, run.train.precision)
         self._peak = None if peak is None else peak * world_size
         self._start = self._before = start
@@ -91,6 +94,11 @@ class Reporter:
         self.writer.write(report)
         if self.listener is not None:
             self.listener(report)
+
+    def show(self, step: int, picture: Pictures) -> None:
+        """Write a picture drawn after step `step`."""
+        save_grid(picture, self._run_dir, step)
+        self.writer.write_image("samples", picture, step)
 
     def close(self) -> None:
         """Flush the metrics files."""

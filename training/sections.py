@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from triptych.data_pipeline.config import DataConfig
-from triptych.models.config import ModelConfig
+from triptych.data_pipeline.images.config import ImageDataConfig
+from triptych.models import DiffusionConfig, LanguageConfig
 from triptych.parallel.config import ParallelConfig
 from triptych.training.config import CheckpointConfig, LogConfig, TrainConfig
 
@@ -16,12 +17,12 @@ class RunSections(Protocol):
     """What training needs of a run (launcher.config.RunConfig has it)."""
 
     @property
-    def model(self) -> ModelConfig:
+    def model(self) -> LanguageConfig | DiffusionConfig:
         """`model:`"""
         ...
 
     @property
-    def data(self) -> DataConfig:
+    def data(self) -> DataConfig | ImageDataConfig:
         """`data:`"""
         ...
 
@@ -49,3 +50,13 @@ class RunSections(Protocol):
 def as_json(run: RunSections) -> dict[str, Any]:
     """The resolved sections as JSON values."""
     return {name: getattr(run, name).model_dump(mode="json") for name in _NAMES}
+
+
+def tokens_per_sample(run: RunSections) -> int:
+    """T: the tokens of one row of a batch."""
+    if isinstance(run.data, DataConfig):
+        return run.data.seq_len
+    if run.data.packing is not None:
+        return run.data.packing.max_tokens
+    assert isinstance(run.model, DiffusionConfig), "check() refuses images for other families"
+    return run.model.num_tokens

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from triptych.data_pipeline.dataset import PackedDataset, SequentialDataset
-from triptych.data_pipeline.loader import BatchLoader, open_training, open_validation
+from triptych.data_pipeline.loader import BatchLoader
 from triptych.parallel.layout import Layout, build_mesh
 from triptych.parallel.model import ParallelModel
 from triptych.parallel.parallelize import parallelize
 from triptych.training import recovery, schedule, store
 from triptych.training.check import check
 from triptych.training.checkpoint import Checkpointer
+from triptych.training.data import open_training, open_validation
+from triptych.training.ema import EMA
 from triptych.training.errors import NonFiniteLoss
 from triptych.training.evaluation import (
     MicroBatchLoss,
@@ -36,13 +37,14 @@ from triptych.training.evaluation import (
     to_device,
 )
 from triptych.training.group import Group
+from triptych.training.image_grids import ImageGrids
 from triptych.training.loop import due, train
 from triptych.training.metrics import StepReport, Stopwatch
-from triptych.training.objectives import Batch, LanguageModeling, Objective
+from triptych.training.objectives import Batch, Objective, build_objective
 from triptych.training.optimizer import AdamW
 from triptych.training.profiling import StepProfiler
 from triptych.training.reporting import Reporter
-from triptych.training.sections import RunSections, as_json
+from triptych.training.sections import RunSections, as_json, tokens_per_sample
 from triptych.training.shards import Window
 
 log = logging.getLogger("triptych.training.session")
@@ -78,7 +80,7 @@ def build(
             run,
             run_dir,
             device,
-            objective=objective or LanguageModeling(),
+            objective=objective or build_objective(run),
             listener=report,
             restarted=restarted,
             meta=dict(meta or {}),
@@ -119,16 +121,15 @@ class Session:
         self._owns_group = owns_group
         self.model = _parallelize(run, self.layout, device)
         self.optimizer = AdamW(self.model.named_parameters(), run.train.optimizer)
-        self.loader = self._loader(
-            open_training(run.data, run.train.seed, run.model.vocab_size), read_ahead=2
-        )
-        self.validation = open_validation(
-            run.data, limit=run.train.eval_samples, vocab_size=run.model.vocab_size
-        )
+        self.ema = EMA(self.model.named_parameters(), run.train.ema) if run.train.ema else None
+        self.loader = self._loader(open_training(run), read_ahead=2)
+        self.validation = open_validation(run)
         root = run_dir / recovery.CHECKPOINTS
         resumed = recovery.choose(run.checkpoint.resume, root, self.group, restarted=restarted)
         if resumed is not None:
             self.load(resumed)
+        self.grids = ImageGrids(run, self.model, self.ema) if run.log.images else None
+        self.grids_every = run.log.images.every if run.log.images else 0
         self.checkpointer = Checkpointer(
             root, keep=run.checkpoint.keep, async_save=run.checkpoint.async_save, group=self.group
         )
@@ -169,7 +170,9 @@ class Session:
         """This rank's micro-batches of step `step`, on its device."""
         self.profiler.begin(step)
         with self.stopwatch.phase("data"):
-            return prepare(self.objective, to_device(next(self.loader), self.device), step)
+            return prepare(
+                self.objective, to_device(next(self.loader), self.device), step, training=True
+            )
 
     def forward_backward(self, batch: list[Batch]) -> Sums:
         """Gradients of the mean loss over the global batch, and its value."""
@@ -197,12 +200,14 @@ class Session:
         if _finite(loss, grad_norm):
             with self.stopwatch.phase("optimizer"):
                 self.optimizer.step(self.learning_rate(step))
+                if self.ema is not None:
+                    self.ema.update(step)
         else:
             self._skip(step, loss)
         self.model.zero_grad()
         self.profiler.end(step)
         self.step = step
-        self.tokens += self.run.train.global_batch_size * self.run.data.seq_len
+        self.tokens += self.run.train.global_batch_size * tokens_per_sample(self.run)
 
     def evaluate(self) -> None:
         """Set `valid_loss`, the mean over the validation set."""
@@ -235,6 +240,14 @@ class Session:
                 valid_loss=valid_loss,
                 stopwatch=self.stopwatch,
             )
+
+    def draw_grid(self, step: int) -> None:
+        """Draw the images of log.images, to TensorBoard and the run directory."""
+        assert self.grids is not None, "grids_every is 0 without log.images"
+        with self.stopwatch.phase("images"):
+            picture = self.grids.render()
+        if self.reporter is not None and picture is not None:
+            self.reporter.show(step, picture)
 
     def save(self, step: int) -> None:
         """Begin a checkpoint of the state after step `step`."""
@@ -295,6 +308,8 @@ class Session:
                 f"model/{shard.name}", shard.tensor, shard.global_shape, shard.offset, shard.is_writer
             )
         yield from self.optimizer.shards(self.model.shards())
+        if self.ema is not None:
+            yield from self.ema.shards(self.model.shards())
 
     def _skip(self, step: int, loss: Sums) -> None:
         if self.skipped_steps >= self.run.train.max_skipped_steps:
@@ -311,7 +326,7 @@ class Session:
                 self.run.train.max_skipped_steps,
             )
 
-    def _loader(self, dataset: PackedDataset | SequentialDataset, read_ahead: int) -> BatchLoader:
+    def _loader(self, dataset: Any, read_ahead: int) -> BatchLoader:
         return BatchLoader(
             dataset,
             self.run.train.global_batch_size,
@@ -344,7 +359,7 @@ def _parallelize(run: RunSections, layout: Layout, device: torch.device) -> Para
         device=device,
         dtype=PARAMETER_DTYPES[config.precision],
         seed=config.seed,
-        seq_len=run.data.seq_len,
+        seq_len=tokens_per_sample(run),
         micro_batch_size=config.micro_batch_size,
         num_micro_batches=config.global_batch_size // (layout.dp_size * config.micro_batch_size),
         autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None,

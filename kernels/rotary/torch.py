@@ -12,12 +12,16 @@ from triptych.kernels.library import define, statistics_dtype
 
 
 @define("rotary")
-def rotary_op(x: Tensor, positions: Tensor, theta: float, inverse: bool) -> Tensor:
+def rotary_op(
+    x: Tensor, positions: Tensor, theta: float, frequencies: Tensor | None, inverse: bool
+) -> Tensor:
     """x (B, T, H, D) turned by the angles of positions (T,) or (B, T); back again if `inverse`."""
     dtype = statistics_dtype(x)
     half = x.shape[-1] // 2
-    exponents = torch.arange(half, device=x.device, dtype=dtype).mul_(-2.0 / x.shape[-1])
-    frequencies = torch.pow(torch.tensor(theta, device=x.device, dtype=dtype), exponents)
+    if frequencies is None:
+        exponents = torch.arange(half, device=x.device, dtype=dtype).mul_(-2.0 / x.shape[-1])
+        frequencies = torch.pow(torch.tensor(theta, device=x.device, dtype=dtype), exponents)
+    frequencies = frequencies.to(dtype)
     angles = (positions.to(dtype).unsqueeze(-1) * frequencies).unsqueeze(-2)  # (T or B T, 1, D/2)
     cos, sin = angles.cos(), angles.sin()
     if inverse:
@@ -30,23 +34,23 @@ def rotary_op(x: Tensor, positions: Tensor, theta: float, inverse: bool) -> Tens
 
 
 @rotary_op.register_fake
-def _(x: Tensor, positions: Tensor, theta: float, inverse: bool) -> Tensor:
+def _(x: Tensor, positions: Tensor, theta: float, frequencies: Tensor | None, inverse: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, positions, ctx.theta, ctx.inverse = inputs
-    ctx.save_for_backward(positions)
+    _, positions, ctx.theta, frequencies, ctx.inverse = inputs
+    ctx.save_for_backward(positions, frequencies)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    (positions,) = ctx.saved_tensors
-    return rotary_op(dy, positions, ctx.theta, not ctx.inverse), None, None, None
+    positions, frequencies = ctx.saved_tensors
+    return rotary_op(dy, positions, ctx.theta, frequencies, not ctx.inverse), None, None, None, None
 
 
 rotary_op.register_autograd(_backward, setup_context=_setup)
 
 
-def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+def rotary(x: Tensor, positions: Tensor, theta: float, frequencies: Tensor | None = None) -> Tensor:
     """Shapes as in the public function."""
-    return rotary_op(x, positions, float(theta), False)
+    return rotary_op(x, positions, float(theta), frequencies, False)

@@ -1,6 +1,7 @@
 """Feed-forwards; importing a file here registers its feed-forward."""
 
+from triptych.models.feedforwards.channel_mix import ChannelMix
 from triptych.models.feedforwards.gelu import GELU
 from triptych.models.feedforwards.swiglu import SwiGLU
 
-__all__ = ["GELU", "SwiGLU"]
+__all__ = ["GELU", "ChannelMix", "SwiGLU"]

@@ -11,7 +11,7 @@ from torch import nn
 from triptych import kernels
 from triptych.models.config import ModelConfig
 from triptych.models.context import Context
-from triptych.models.init import ZEROS, Init, Normal
+from triptych.models.init import ZEROS, Init
 from triptych.models.linear import Linear
 from triptych.models.registry import register_ffn
 from triptych.models.sharding import COLUMN, ROW, ROW_BIAS, Cut
@@ -31,7 +31,7 @@ class GELU(nn.Module):
         super().__init__()
         size = config.ffn.intermediate_size or 4 * config.hidden_size
         bias = config.ffn.bias
-        self.std, self.out_std = config.init_std, config.branch_init_std
+        self.linear_init = config.linear_init
         self.up_proj = Linear(config.hidden_size, size, bias=bias)
         self.down_proj = Linear(size, config.hidden_size, bias=bias)
         self.sharding: dict[str, Cut] = {"up_proj.weight": COLUMN, "down_proj.weight": ROW}
@@ -44,8 +44,8 @@ class GELU(nn.Module):
 
     def init(self) -> dict[str, Init]:
         table: dict[str, Init] = {
-            "up_proj.weight": Normal(self.std),
-            "down_proj.weight": Normal(self.out_std),
+            f"{name}.weight": self.linear_init(*getattr(self, name).weight.shape, last=name == "down_proj")
+            for name in ("up_proj", "down_proj")
         }
         if self.down_proj.bias is not None:
             table |= {"up_proj.bias": ZEROS, "down_proj.bias": ZEROS}

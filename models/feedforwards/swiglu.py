@@ -11,7 +11,7 @@ from torch import nn
 from triptych import kernels
 from triptych.models.config import ModelConfig
 from triptych.models.context import Context
-from triptych.models.init import ZEROS, Init, Normal
+from triptych.models.init import ZEROS, Init
 from triptych.models.linear import Linear
 from triptych.models.registry import register_ffn
 from triptych.models.sharding import COLUMN, ROW, ROW_BIAS, Cut
@@ -40,7 +40,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         size = config.ffn.intermediate_size or default_intermediate_size(config.hidden_size)
         bias = config.ffn.bias
-        self.std, self.out_std = config.init_std, config.branch_init_std
+        self.linear_init = config.linear_init
         self.gate_proj = Linear(config.hidden_size, size, bias=bias)
         self.up_proj = Linear(config.hidden_size, size, bias=bias)
         self.down_proj = Linear(size, config.hidden_size, bias=bias)
@@ -57,8 +57,10 @@ class SwiGLU(nn.Module):
         """Every configuration will do."""
 
     def init(self) -> dict[str, Init]:
-        table: dict[str, Init] = {f"{name}.weight": Normal(self.std) for name in ("gate_proj", "up_proj")}
-        table["down_proj.weight"] = Normal(self.out_std)
+        table: dict[str, Init] = {
+            f"{name}.weight": self.linear_init(*getattr(self, name).weight.shape, last=name == "down_proj")
+            for name in ("gate_proj", "up_proj", "down_proj")
+        }
         if self.down_proj.bias is not None:
             table |= {f"{name}.bias": ZEROS for name in ("gate_proj", "up_proj", "down_proj")}
         return table

@@ -7,6 +7,7 @@ held in the cache and T).
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import nn
@@ -15,16 +16,17 @@ from triptych import kernels
 from triptych.models.config import ModelConfig, require_divides
 from triptych.models.context import Context
 from triptych.models.dropout import Dropout
-from triptych.models.init import ZEROS, Init, Normal
+from triptych.models.init import ZEROS, Init
 from triptych.models.linear import Linear
-from triptych.models.norms import RMSNorm
+from triptych.models.norms import build_norm
+from triptych.models.positions import rotate
 from triptych.models.registry import register_mixer
 from triptych.models.sharding import COLUMN, ROW, ROW_BIAS, Cut
 
 
 @register_mixer("attention", char="*")
 class Attention(nn.Module):
-    """softmax(q kᵀ / sqrt(D)) v, causal; G key-value heads serve H / G query heads each (arXiv 2305.13245).
+    """softmax(q kᵀ / sqrt(D)) v, causal in language models; G key-value heads serve H / G query heads each (arXiv 2305.13245).
 
     selective recomputation keeps the outputs of q_proj, k_proj and v_proj and the input of o_proj. It drops,
     and computes again in backward, query-key norm, rotation, scores, softmax, dropout and context.
@@ -41,14 +43,16 @@ class Attention(nn.Module):
         self.rope_theta = settings.rope_theta
         self.window = settings.window
         self.form = settings.form
-        self.std, self.out_std = config.init_std, config.branch_init_std
+        self.causal = config.causal
+        self.rope_axes = config.rope_axes
         query_size, kv_size = settings.num_heads * self.head_dim, settings.num_kv_heads * self.head_dim
         self.q_proj = Linear(config.hidden_size, query_size, bias=settings.bias)
         self.k_proj = Linear(config.hidden_size, kv_size, bias=settings.bias)
         self.v_proj = Linear(config.hidden_size, kv_size, bias=settings.bias)
         self.o_proj = Linear(query_size, config.hidden_size, bias=settings.bias)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if settings.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if settings.qk_norm else None
+        self.q_norm = build_norm(config, self.head_dim) if settings.qk_norm else None
+        self.k_norm = build_norm(config, self.head_dim) if settings.qk_norm else None
+        self.linear_init = config.linear_init
         self.dropout = Dropout(settings.dropout, cut="heads")
         kv_heads = Cut("kv_heads", count=settings.num_kv_heads)
         self.sharding = {"q_proj.weight": COLUMN, "k_proj.weight": kv_heads, "v_proj.weight": kv_heads}
@@ -80,9 +84,9 @@ class Attention(nn.Module):
 
     def init(self) -> dict[str, Init]:
         table: dict[str, Init] = {
-            f"{name}.weight": Normal(self.std) for name in ("q_proj", "k_proj", "v_proj")
+            f"{name}.weight": self.linear_init(*getattr(self, name).weight.shape, last=name == "o_proj")
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj")
         }
-        table["o_proj.weight"] = Normal(self.out_std)
         if self.o_proj.bias is not None:
             table |= {f"{name}.bias": ZEROS for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
         return table
@@ -103,10 +107,10 @@ class Attention(nn.Module):
         q_BTHD, k_BTGD, v_BTGD = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHD, k_BTGD = self.q_norm(q_BTHD), self.k_norm(k_BTGD)
-        if self.rope_theta is not None:
+        if self.rope_axes and self.rope_theta is not None:
             positions = context.positions_of(q.shape[1], q.device)
-            q_BTHD = kernels.rotary(q_BTHD, positions, self.rope_theta)
-            k_BTGD = kernels.rotary(k_BTGD, positions, self.rope_theta)
+            q_BTHD = rotate(q_BTHD, positions, self.rope_theta, context.rope)
+            k_BTGD = rotate(k_BTGD, positions, self.rope_theta, context.rope)
         k_BSGD, v_BSGD = self._with_cache(k_BTGD, v_BTGD, context)
         drop = None
         if self.training and self.dropout.p > 0:
@@ -115,9 +119,10 @@ class Attention(nn.Module):
             q_BTHD,
             k_BSGD,
             v_BSGD,
-            causal=True,
+            causal=self.causal,
             window=self.window,
             cu_seqlens=context.cu_seqlens,
+            scale=None if context.rope is None else context.rope.temperature / math.sqrt(self.head_dim),
             dropout=drop,
             form=self.form,
         )

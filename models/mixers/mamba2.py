@@ -6,6 +6,7 @@ G groups of heads, N state, K taps of the convolution.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -19,6 +20,7 @@ from triptych.models.init import ONES, Init, InverseSoftplusOfLogUniform, LogOfU
 from triptych.models.linear import CausalConv, Linear, unset
 from triptych.models.norms import GatedRMSNorm, wide
 from triptych.models.registry import register_mixer
+from triptych.models.scan import arrange, orders_of, scanned_length
 from triptych.models.sharding import COLUMN, ROW, Cut
 
 A_RANGE = (1.0, 16.0)
@@ -33,6 +35,9 @@ class Mamba2(nn.Module):
     Differs from the paper's code: the five projections and three convolutions stand on their own (same
     mathematics), so that each can be cut over ranks; the norm has num_groups groups of channels, as there
     under tensor parallelism.
+
+    In an image (model.scan) the tokens are arranged in scan orders before the projections and put back before
+    out_proj; with line_ends, pad_token (C,) stands behind each line.
 
     selective recomputation keeps the outputs of the five projections and the input of out_proj. It drops, and
     computes again in backward, the convolutions with their SiLU, dt, the scan with its states, and the
@@ -64,6 +69,10 @@ class Mamba2(nn.Module):
         self.dt_bias = unset(heads, dtype=dtype)
         self.norm = GatedRMSNorm(inner, settings.num_groups, config.norm_eps)
         self.out_proj = Linear(inner, config.hidden_size, bias=False)
+        self.orders = orders_of(config, layer)
+        self.scanned_length = functools.partial(scanned_length, config, layer)
+        with_pads = config.scan is not None and config.scan.line_ends
+        self.pad_token = unset(config.hidden_size) if with_pads else None
         groups = Cut("groups", count=settings.num_groups)
         per_channel = ("z_proj.weight", "x_proj.weight", "conv_x.weight", "conv_x.bias", "norm.weight")
         per_group = (
@@ -115,23 +124,28 @@ class Mamba2(nn.Module):
         table["a_log"] = LogOfUniform(*A_RANGE)
         table["d"] = ONES
         table["dt_bias"] = InverseSoftplusOfLogUniform(self.settings.dt_min, self.settings.dt_max)
+        if self.pad_token is not None:
+            table["pad_token"] = Normal(self.std)
         return table
 
     def flops(self, length: int) -> int:
         """Forward FLOPs of one sequence, the scan in chunks: c bᵀ and its product with x within each, the
-        states that go in and come out between them. The last chunk counts as full.
+        states that go in and come out between them. The last chunk counts as full. In an image all but
+        out_proj is done for every place of every scan.
         """
-        linears = (self.z_proj, self.x_proj, self.b_proj, self.c_proj, self.dt_proj, self.out_proj)
+        linears = (self.z_proj, self.x_proj, self.b_proj, self.c_proj, self.dt_proj)
         convs = (self.conv_x, self.conv_b, self.conv_c)
         weights = sum(module.weight.numel() for module in (*linears, *convs))
         inner, group_channels = self.x_proj.weight.shape[0], self.b_proj.weight.shape[0]
-        chunk = min(self.settings.chunk_size, length)
-        padded = -(-length // chunk) * chunk
+        places, scans = self.scanned_length(length), max(1, len(self.orders))
+        chunk = min(self.settings.chunk_size, places // scans)
+        padded = -(-places // scans // chunk) * chunk * scans
         scan = chunk * (group_channels + inner) + 2 * inner * self.settings.state_size
-        return 2 * (length * weights + padded * scan)
+        return 2 * (places * weights + length * self.out_proj.weight.numel() + padded * scan)
 
     def forward(self, x_BTC: torch.Tensor, context: Context) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
+        x_BTC, cu_seqlens, restore = arrange(x_BTC, context, self.orders, self.pad_token)
         y_BTI = self.core(
             self.z_proj(x_BTC),
             self.x_proj(x_BTC),
@@ -139,9 +153,10 @@ class Mamba2(nn.Module):
             self.c_proj(x_BTC),
             self.dt_proj(x_BTC),
             (self.a_log, self.d, self.dt_bias),
+            cu_seqlens,
             context,
         )
-        return self.out_proj(y_BTI)
+        return self.out_proj(restore(y_BTI))
 
     def core(
         self,
@@ -151,17 +166,18 @@ class Mamba2(nn.Module):
         c: torch.Tensor,
         dt_BTH: torch.Tensor,
         heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        cu_seqlens: torch.Tensor | None,
         context: Context,
     ) -> torch.Tensor:
-        """Outputs of the projections, b and c (B, T, G N), and a_log, d, dt_bias (H,) -> (B, T, I).
+        """Outputs of the projections, b and c (B, T, G N), a_log, d, dt_bias (H,), documents -> (B, T, I).
 
         The parameters of the mixer itself are arguments, so that recomputation sees those of forward.
         """
         a_log, d, dt_bias = heads
         held = context.cache.layer(self.layer) if context.cache is not None else None
-        x_BTI = self.conv_x(x_BTI, cu_seqlens=context.cu_seqlens, cache=held, cache_name="conv_x")
-        b = self.conv_b(b, cu_seqlens=context.cu_seqlens, cache=held, cache_name="conv_b")
-        c = self.conv_c(c, cu_seqlens=context.cu_seqlens, cache=held, cache_name="conv_c")
+        x_BTI = self.conv_x(x_BTI, cu_seqlens=cu_seqlens, cache=held, cache_name="conv_x")
+        b = self.conv_b(b, cu_seqlens=cu_seqlens, cache=held, cache_name="conv_b")
+        c = self.conv_c(c, cu_seqlens=cu_seqlens, cache=held, cache_name="conv_c")
         x_BTHP = x_BTI.unflatten(-1, (-1, self.settings.head_dim))
         b_BTGN, c_BTGN = (t.unflatten(-1, (-1, self.settings.state_size)) for t in (b, c))
         dt_BTH = F.softplus(wide(dt_BTH) + wide(dt_bias))
@@ -177,7 +193,7 @@ class Mamba2(nn.Module):
                 b_BTGN,
                 c_BTGN,
                 d=d_H,
-                cu_seqlens=context.cu_seqlens,
+                cu_seqlens=cu_seqlens,
                 chunk_size=self.settings.chunk_size,
             )
         else:

@@ -73,7 +73,7 @@ def test_accuracy(dtype: torch.dtype, floor: float, accurate: Callable[..., None
 
 def test_registration() -> None:
     x = torch.randn(2, 5, 3, 6, requires_grad=True)
-    torch.library.opcheck(rotary_op, (x, torch.arange(5), 100.0, False))
+    torch.library.opcheck(rotary_op, (x, torch.arange(5), 100.0, None, False))
     gate, up = torch.randn(2, 3, 4, requires_grad=True).unbind(0)
     torch.library.opcheck(swiglu_op, (gate, up))
     torch.library.opcheck(swiglu_backward_op, (up.detach(), gate.detach(), up.detach()))

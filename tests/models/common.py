@@ -13,7 +13,7 @@ from triptych import models
 from triptych.models.sharding import Cut, Shards
 
 
-def small_config(**overrides: Any) -> models.ModelConfig:
+def small_config(**overrides: Any) -> models.LanguageConfig:
     """A hybrid of two kinds of block, in sizes that are all different."""
     values: dict[str, Any] = {
         "vocab_size": 40,
@@ -24,11 +24,11 @@ def small_config(**overrides: Any) -> models.ModelConfig:
         "mamba2": {"state_size": 5, "head_dim": 6, "num_groups": 2, "chunk_size": 8},
         "ffn": {"intermediate_size": 40},
     }
-    return models.ModelConfig.model_validate(values | overrides)
+    return models.LanguageConfig.model_validate(values | overrides)
 
 
 def small_model(
-    config: models.ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64
+    config: models.LanguageConfig, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> models.LanguageModel:
     """Initialised; then every parameter is moved a little, so that none is 0 or 1 by construction."""
     model = models.build(config).to(dtype)
@@ -40,7 +40,7 @@ def small_model(
     return model
 
 
-def random_tokens(config: models.ModelConfig, *shape: int, seed: int = 1) -> torch.Tensor:
+def random_tokens(config: models.LanguageConfig, *shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 

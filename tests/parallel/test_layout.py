@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.parallel.training import model_config
-from triptych.models.config import ModelConfig
+from triptych.models.config import LanguageConfig
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.layout import Layout, build_mesh
 
@@ -136,7 +136,7 @@ def test_mesh_of_another_size_is_refused(distributed: Distributed) -> None:
 
 
 def test_check_needs_no_weights() -> None:
-    config = ModelConfig(
+    config = LanguageConfig(
         vocab_size=131072, hidden_size=16384, num_layers=8, attention={"num_heads": 128, "num_kv_heads": 8}
     )
     layout = Layout(ParallelConfig(tp=16, pp=8))

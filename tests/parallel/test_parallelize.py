@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.parallel import training
-from triptych.models.config import ModelConfig
+from triptych.models.config import LanguageConfig
 from triptych.parallel.config import ParallelConfig
 
 Distributed = Callable[..., list[Any]]
@@ -62,7 +62,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 @functools.cache
-def config(name: str) -> ModelConfig:
+def config(name: str) -> LanguageConfig:
     return training.model_config(**MODELS[name])
 
 

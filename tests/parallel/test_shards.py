@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 
 from tests.parallel.training import model_config, parallel_model
-from triptych.models.config import ModelConfig
+from triptych.models.config import LanguageConfig
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.shards import ShardInfo
 
 Distributed = Callable[..., list[Any]]
 
 
-def shards_of(config: ModelConfig, parallel: ParallelConfig) -> tuple[dict[str, ShardInfo], bool]:
+def shards_of(config: LanguageConfig, parallel: ParallelConfig) -> tuple[dict[str, ShardInfo], bool]:
     model = parallel_model(config, parallel, micro_batch_size=1)
     shards = {shard.name: shard for shard in model.shards()}
     parameters = dict(model.named_parameters())

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from triptych import models
-from triptych.models.config import ModelConfig
+from triptych.models.config import LanguageConfig
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.layout import Layout, build_mesh
 from triptych.parallel.model import ParallelModel
@@ -27,7 +27,7 @@ MIXERS: dict[str, Any] = {
 }
 
 
-def model_config(**changes: Any) -> ModelConfig:
+def model_config(**changes: Any) -> LanguageConfig:
     """Four blocks, mamba2 and attention in turn, 16 channels; small but with every kind of cut."""
     whole: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -40,7 +40,7 @@ def model_config(**changes: Any) -> ModelConfig:
     }
     for key, value in changes.items():
         whole[key] = {**whole[key], **value} if isinstance(value, dict) else value
-    return ModelConfig(**whole)
+    return LanguageConfig(**whole)
 
 
 def global_batch(step: int) -> dict[str, torch.Tensor]:
@@ -63,7 +63,7 @@ def counted(batch: dict[str, torch.Tensor]) -> int:
     return int((batch["targets"] != -100).sum())
 
 
-def train_alone(config: ModelConfig) -> dict[str, Any]:
+def train_alone(config: LanguageConfig) -> dict[str, Any]:
     """The reference: one process, one batch, plain autograd."""
     model = models.build(config).to(torch.float64)
     models.initialize(model, SEED)
@@ -90,7 +90,7 @@ def train_alone(config: ModelConfig) -> dict[str, Any]:
 
 
 def parallel_model(
-    config: ModelConfig, parallel: ParallelConfig, micro_batch_size: int, **options: Any
+    config: LanguageConfig, parallel: ParallelConfig, micro_batch_size: int, **options: Any
 ) -> ParallelModel:
     layout = Layout(parallel)
     return parallelize(
@@ -106,7 +106,7 @@ def parallel_model(
     )
 
 
-def without_documents(config: ModelConfig, parallel: ParallelConfig) -> dict[str, float]:
+def without_documents(config: LanguageConfig, parallel: ParallelConfig) -> dict[str, float]:
     """Loss of a step in which some or all micro-batches have no document_ids."""
     model = parallel_model(config, parallel, micro_batch_size=6)
     loss_fn = loss_function(1)
@@ -129,7 +129,7 @@ def local_micro_batches(layout: Layout, step: int, micro_batch_size: int) -> lis
     ]
 
 
-def train_under(config: ModelConfig, parallel: ParallelConfig, micro_batch_size: int) -> dict[str, Any]:
+def train_under(config: LanguageConfig, parallel: ParallelConfig, micro_batch_size: int) -> dict[str, Any]:
     """The same steps on this rank of a layout; rank 0 returns what `train_alone` does, others less."""
     layout = Layout(parallel)
     model = parallel_model(config, parallel, micro_batch_size)
@@ -163,21 +163,21 @@ def train_under(config: ModelConfig, parallel: ParallelConfig, micro_batch_size:
     return seen
 
 
-def logits_alone(config: ModelConfig) -> torch.Tensor:
+def logits_alone(config: LanguageConfig) -> torch.Tensor:
     model = models.build(config).to(torch.float64).eval()
     models.initialize(model, SEED)
     with torch.no_grad():
         return model(global_batch(0)["tokens"][:2])
 
 
-def logits_under(config: ModelConfig, parallel: ParallelConfig) -> torch.Tensor:
+def logits_under(config: LanguageConfig, parallel: ParallelConfig) -> torch.Tensor:
     model = parallel_model(config, parallel, micro_batch_size=1)
     model.module.eval()
     with torch.no_grad():
         return model.module(global_batch(0)["tokens"][:2])
 
 
-def autocast_loss(config: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+def autocast_loss(config: LanguageConfig, parallel: ParallelConfig) -> dict[str, Any]:
     """Loss and gradient norm of one step with bfloat16 matmuls over fp32 parameters."""
     model = parallel_model(config, parallel, 3, dtype=torch.float32, autocast_dtype=torch.bfloat16)
     loss_fn = loss_function(counted(global_batch(0)))

@@ -10,7 +10,7 @@ import torch
 
 from triptych.data_pipeline import TextCorpusOptions, build_text_corpus
 from triptych.data_pipeline.config import DataConfig
-from triptych.models import ModelConfig
+from triptych.models import LanguageConfig
 from triptych.parallel.config import ParallelConfig
 from triptych.training.config import CheckpointConfig, LogConfig, TrainConfig
 from triptych.training.metrics import StepReport
@@ -23,7 +23,7 @@ VOCABULARY = 300
 class Run:
     """The sections that the tools read."""
 
-    model: ModelConfig
+    model: LanguageConfig
     data: DataConfig
     parallel: ParallelConfig
     train: TrainConfig
@@ -63,7 +63,7 @@ def make_run(corpus: Path = Path("missing"), **changes: dict[str, Any]) -> Run:
     for section, values in changes.items():
         sections[section] = sections[section] | values
     return Run(
-        model=ModelConfig.model_validate(sections["model"]),
+        model=LanguageConfig.model_validate(sections["model"]),
         data=DataConfig.model_validate(sections["data"]),
         parallel=ParallelConfig.model_validate(sections["parallel"]),
         train=TrainConfig.model_validate(sections["train"]),

@@ -26,7 +26,7 @@ def test_one_rank(runs: ModuleType, trained_run: Any) -> None:
     parameters = sum(parameter.numel() for parameter in build(run.model).parameters())
     assert description.parameters == description.active_parameters == parameters
     blocks = sum(len(block.layers) * block.parameters for block in description.blocks)
-    ends = description.embedding_parameters + description.head_parameters + description.norm_parameters
+    ends = sum(part.parameters for part in description.parts)
     assert blocks + ends == parameters
     assert [block.layers for block in description.blocks] == [[0, 2], [1, 3]]
     assert description.train_flops_per_token == 3 * flops_per_token(run.model, 16)["total"]

@@ -17,6 +17,7 @@ from triptych.tools.layouts import parse_layout
 from triptych.tools.verify import VerifyReport, verify
 from triptych.tools.verify_rank import Job, run_rank
 from triptych.tools.verify_samples import corpus_samples, synthetic_samples
+from triptych.training.objectives import LanguageModeling
 
 
 def test_layouts_are_the_same_training(runs: ModuleType) -> None:
@@ -40,8 +41,8 @@ def test_layouts_are_the_same_training(runs: ModuleType) -> None:
 def test_a_difference_is_found_and_named(runs: ModuleType, tmp_path: Path) -> None:
     run = runs.make_run()
     train = run.train.model_copy(update={"precision": "fp64"})
-    samples = synthetic_samples(run, run.train.global_batch_size)
-    job = Job(run.model, ParallelConfig(), train, run.data.seq_len, samples, 1, str(tmp_path))
+    samples = synthetic_samples(run, 1)
+    job = Job(run.model, ParallelConfig(), train, LanguageModeling(), 16, samples, str(tmp_path))
     (reference,) = run_local(1, run_rank, job, None)
     # What a layout with another initialisation would report.
     other = replace(job, train=train.model_copy(update={"seed": 1}))
@@ -58,8 +59,8 @@ def test_a_difference_is_found_and_named(runs: ModuleType, tmp_path: Path) -> No
 def test_nan_is_a_difference(runs: ModuleType, tmp_path: Path) -> None:
     run = runs.make_run()
     train = run.train.model_copy(update={"precision": "fp64"})
-    samples = synthetic_samples(run, run.train.global_batch_size)
-    job = Job(run.model, ParallelConfig(), train, run.data.seq_len, samples, 1, str(tmp_path))
+    samples = synthetic_samples(run, 1)
+    job = Job(run.model, ParallelConfig(), train, LanguageModeling(), 16, samples, str(tmp_path))
     (reference,) = run_local(1, run_rank, job, None)
     broken = replace(reference, losses=[float("nan")])
     layout = parse_layout("tp1", ParallelConfig())
@@ -113,14 +114,17 @@ def test_no_steps_is_refused(runs: ModuleType) -> None:
 
 def test_samples_of_the_corpus_are_the_runs_own(runs: ModuleType, trained_run: Any) -> None:
     run = runs.make_run(trained_run.corpus)
-    samples = corpus_samples(run, 5)
-    assert samples["tokens"].shape == samples["targets"].shape == (5, 16)
-    assert samples["sample_keys"].shape == (5,)
-    assert int(samples["tokens"].max()) < runs.VOCABULARY
+    first, second = corpus_samples(run, 2)
+    for samples in (first, second):
+        assert samples["tokens"].shape == samples["targets"].shape == (4, 16)
+        assert samples["sample_keys"].shape == (4,)
+        assert int(samples["tokens"].max()) < runs.VOCABULARY
+    assert not set(first["sample_keys"].tolist()) & set(second["sample_keys"].tolist())
 
 
 def test_synthetic_samples_have_documents_without_targets_across(runs: ModuleType) -> None:
-    samples = synthetic_samples(runs.make_run(), 8)
+    (samples,) = synthetic_samples(runs.make_run(train={"global_batch_size": 8}), 1)
+    assert samples["tokens"].shape == (8, 16)
     last = samples["document_ids"][:, 1:] != samples["document_ids"][:, :-1]
     assert bool((samples["targets"][:, :-1][last] == -100).all())
     assert bool((samples["targets"][:, :-1][~last] == samples["tokens"][:, 1:][~last]).all())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from triptych.data_pipeline.config import DataConfig
 from triptych.data_pipeline.indexed import IndexedWriter
-from triptych.models.config import ModelConfig
+from triptych.models.config import LanguageConfig
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.layout import Layout
 from triptych.training.config import CheckpointConfig, LogConfig, TrainConfig
@@ -35,7 +35,7 @@ VOCAB = 32
 class Run:
     """The sections that training reads."""
 
-    model: ModelConfig
+    model: LanguageConfig
     data: DataConfig
     parallel: ParallelConfig
     train: TrainConfig
@@ -88,7 +88,7 @@ def make_run(corpus: Path, **changes: dict[str, Any]) -> Run:
     for section, values in changes.items():
         sections[section] = sections[section] | values
     return Run(
-        model=ModelConfig.model_validate(sections["model"]),
+        model=LanguageConfig.model_validate(sections["model"]),
         data=DataConfig.model_validate(sections["data"]),
         parallel=ParallelConfig.model_validate(sections["parallel"]),
         train=TrainConfig.model_validate(sections["train"]),
@@ -127,13 +127,13 @@ class Fault(LanguageModeling):
         assert self.layout is not None
         return self.layout.dp_rank(dist.get_rank()) == self.dp_rank
 
-    def prepare(self, batch: Batch, step: int) -> tuple[Batch, Tensor]:
+    def prepare(self, batch: Batch, step: int, training: bool = True) -> tuple[Batch, Tensor]:
         self.hit = step == self.at and self._here()
         if self.hit and self.what == "stop":
             raise Stopped
         if self.hit and self.what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().prepare(batch, step)
+        return super().prepare(batch, step, training)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         total, count, metrics = super().loss(outputs, targets)

@@ -23,7 +23,7 @@ class ExactRotary(torch.nn.Module):
         return angles.cos(), angles.sin()
 
 
-def theirs(name: str, config: models.ModelConfig, **extra) -> torch.nn.Module:
+def theirs(name: str, config: models.LanguageConfig, **extra) -> torch.nn.Module:
     config_class = getattr(transformers, f"{name}Config")
     settings = config_class(
         vocab_size=config.vocab_size,

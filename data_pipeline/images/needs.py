@@ -1,0 +1,161 @@
+"""What a model asks of its images, and whether a source and its configuration can give it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from triptych.data_pipeline.images.config import ImageDataConfig
+from triptych.data_pipeline.images.faults import Faults
+from triptych.data_pipeline.images.index import (
+    BAD_LABEL,
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    MEAN,
+    NO_LABEL,
+    STD,
+    TEXT,
+    UNREADABLE,
+)
+from triptych.data_pipeline.images.shards import Shards
+
+
+@dataclass(frozen=True)
+class ImageNeeds:
+    """What the model asks of the data; None where it does not care."""
+
+    channels: int | None = None
+    """model.in_channels."""
+    size: tuple[int, ...] | None = None
+    """model.input_size, where the model takes no other."""
+    patch_size: int | None = None
+    """model.patch_size."""
+    num_classes: int | None = None
+    """Class conditioning: labels are 0 .. num_classes - 1, and the batch has them. None: no labels."""
+    text: tuple[int, int] | None = None
+    """Text conditioning: tokens and channels of an embedded text, which the batch then has. None: no text."""
+
+    def check(self, config: ImageDataConfig) -> None:
+        """Raises ValueError where section `data:` alone cannot give what the model asks for."""
+        if self.channels is not None and config.channels != self.channels:
+            raise ValueError(
+                f"data.channels={config.channels} is not model.in_channels={self.channels}; make them equal"
+            )
+        if self.size is not None and config.image_size is not None and config.image_size != self.size:
+            raise ValueError(
+                f"data.image_size={list(config.image_size)} is not model.input_size={list(self.size)}; make "
+                "them equal, or use model.position: rope, which takes other sizes"
+            )
+        if self.patch_size is not None:
+            config.num_tokens(self.patch_size)
+        if self.text is not None and config.packing is not None:
+            raise ValueError("data.packing has no text; use model.conditioning.kind: class or none")
+
+
+def usable(
+    shards: Shards, config: ImageDataConfig, needs: ImageNeeds, faults: Faults
+) -> npt.NDArray[np.int64]:
+    """The samples that have everything needed; the others, and torn shards, are added to `faults`."""
+    for shard, fault in shards.faults:
+        faults.add(shard, fault)
+    good = np.ones(len(shards), np.bool_)
+    for bad, reason in _requirements(shards, config, needs):
+        for n in np.flatnonzero(good & bad):
+            faults.add(shards.name(int(n)), reason)
+        good &= ~bad
+    return np.flatnonzero(good)
+
+
+def _requirements(
+    shards: Shards, config: ImageDataConfig, needs: ImageNeeds
+) -> list[tuple[npt.NDArray[np.bool_], str]]:
+    """(samples that fail it, reason) of each thing a sample must have."""
+    found: list[tuple[npt.NDArray[np.bool_], str]] = []
+    if config.content == "images":
+        pixels = shards.images.astype(np.int64).prod(axis=1)
+        found = [
+            (~shards.having(*IMAGE_SUFFIXES), f"has no image ({', '.join(IMAGE_SUFFIXES)})"),
+            (shards.images[:, 0] == UNREADABLE, "the header of its image is damaged"),
+            (pixels > MAX_PIXELS, f"its image has more than {MAX_PIXELS} pixels"),
+        ]
+    else:
+        found = [(~shards.having(suffix), f"has no {suffix}") for suffix in (MEAN, STD)]
+        bad_header = shards.latents[:, 0] == UNREADABLE
+        found.append((bad_header, f"its {MEAN} is no array of floating-point numbers (C, h, w)"))
+    if needs.num_classes is not None:
+        found.append((shards.labels == NO_LABEL, "has no label (cls, or label in json)"))
+        found.append((shards.labels == BAD_LABEL, "its label is no integer from 0 on"))
+    if needs.text is not None:
+        found.append((~shards.having(TEXT), f"has no {TEXT}"))
+        bad_text = shards.texts[:, 0] == UNREADABLE
+        found.append((bad_text, f"its {TEXT} is no array of floating-point numbers (L, E)"))
+    return found
+
+
+def check_samples(
+    label: str,
+    shards: Shards,
+    samples: npt.NDArray[np.int64],
+    config: ImageDataConfig,
+    needs: ImageNeeds,
+) -> None:
+    """Raises ValueError for what is no damage but a mistake: labels, channels or sizes that do not fit.
+
+    label: the source's, for messages. samples: those that are usable.
+    """
+
+    def refuse(wrong: npt.NDArray[np.bool_], told: str, mend: str, values: npt.NDArray[np.generic]) -> None:
+        if wrong.any():
+            n = int(samples[np.flatnonzero(wrong)[0]])
+            raise ValueError(
+                f"{int(wrong.sum())} of {len(samples)} samples of source {label} {told}; the first is "
+                f"{shards.name(n)} with {values[n].tolist()}. {mend}"
+            )
+
+    if needs.num_classes is not None:
+        refuse(
+            shards.labels[samples] >= needs.num_classes,
+            f"have labels outside 0 .. {needs.num_classes - 1} (model.conditioning.num_classes)",
+            "Raise num_classes, or write the shards again with labels from 0 on",
+            shards.labels,
+        )
+    if needs.text is not None:
+        length, size = needs.text
+        refuse(
+            (shards.texts[samples, 0] > length) | (shards.texts[samples, 1] != size),
+            f"have embedded texts that do not fit model.conditioning: text_length={length}, text_size={size}",
+            "Set both as the shards have them (shorter texts are filled up with zeros)",
+            shards.texts,
+        )
+    sizes = shards.images if config.content == "images" else shards.latents[:, 1:]
+    if config.content == "latents":
+        refuse(
+            shards.latents[samples, 0] != config.channels,
+            f"have another number of channels than data.channels={config.channels}",
+            "Set data.channels (and model.in_channels) as the autoencoder has it",
+            shards.latents,
+        )
+    exact = config.content == "latents" or config.augment.crop == "none"
+    if exact and config.packing is None:
+        allowed = np.array([shape[1:] for shape in config.shapes])
+        fits = (sizes[samples][:, None, :] == allowed[None]).all(axis=2).any(axis=1)
+        key = "data.buckets" if config.buckets is not None else "data.image_size"
+        cropped = "" if config.content == "latents" else "Use data.augment.crop: center, or set "
+        refuse(
+            ~fits,
+            f"have a size (height, width) that is not in {key}={allowed.tolist()}",
+            f"{cropped or 'Set '}{key} to the sizes of the shards",
+            sizes,
+        )
+    if config.packing is not None and exact:
+        patch, most = config.packing.patch_size, config.packing.image_tokens
+        grid = sizes[samples] // patch
+        refuse(
+            (sizes[samples] % patch != 0).any(axis=1) | (grid.prod(axis=1) > most),
+            f"have sizes that are no multiples of data.packing.patch_size={patch}, or give more than {most} "
+            "tokens",
+            "Write the shards again in sizes that fit, or raise data.packing.max_image_tokens",
+            sizes,
+        )
