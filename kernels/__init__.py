@@ -6,7 +6,7 @@ from triptych.kernels.dispatch import Form, register, table
 from triptych.kernels.dropout import dropout
 from triptych.kernels.gelu import gelu
 from triptych.kernels.haar import haar, inverse_haar
-from triptych.kernels.layer_norm import layer_norm
+from triptych.kernels.layer_norm import layer_norm, modulated_layer_norm
 from triptych.kernels.linear_cross_entropy import VocabShards, linear_cross_entropy
 from triptych.kernels.random import hash_bits, hash_normal, hash_uniform, string_key
 from triptych.kernels.rms_norm import rms_norm
@@ -30,6 +30,7 @@ __all__ = [
     "inverse_haar",
     "layer_norm",
     "linear_cross_entropy",
+    "modulated_layer_norm",
     "register",
     "rms_norm",
     "rotary",

@@ -120,7 +120,9 @@ def validate(values: Mapping[str, Any], *, source: str, overridden: Sequence[str
         lines: dict[str, str] = {}
         for problem in deepest:  # each branch of a union complains; one line per key holds them all
             head, message = _explain(problem, source, overridden)
-            lines[head] = f"{lines[head]}, or {message}" if head in lines else message
+            if not head:
+                head, message = message, ""  # says all by itself, and has nothing to do with the others
+            lines[head] = f"{lines[head]}, or {message}" if lines.get(head) else message
         raise ConfigError("\n".join(head + message for head, message in lines.items())) from error
 
 
@@ -245,16 +247,25 @@ def _explain(problem: Any, source: str, overridden: Sequence[str]) -> tuple[str,
     ):
         location.pop()
     key = _join(location)
-    if problem["type"] == "value_error" and "=" in str(problem["ctx"]["error"]):
-        return "", str(problem["ctx"]["error"])  # a room's own check names key, value and mend already
+    own = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else ""
+    if f"{key}." in own or f"{key}=" in own:
+        return "", own  # a room's own check names key, value and mend already
     given = any(
         name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in overridden
     )
     where = "" if given else f"{source}: "
     if problem["type"] == "extra_forbidden":
         return f"{where}{key} is not a known key; ", _suggest(location, known)
+    if problem["type"] == "union_tag_invalid":  # of a family or kind; the tags are in parentheses
+        told = problem["ctx"]
+        name = told["discriminator"].strip("_()")
+        return f"{where}{key}.{name}={told['tag'].strip('()')!r}: ", (
+            f"use one of {re.sub('[()]', '', told['expected_tags'])}"
+        )
     if problem["type"] == "missing":
         return f"{where}{key} is missing; ", known.get(_schema_key(location), "add it")
+    if own and isinstance(problem["input"], dict):
+        return f"{where}{key}: ", own  # of keys within the section, which the message names
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{where}{key}={problem['input']!r}: ", message[0].lower() + message[1:]
 
@@ -263,6 +274,8 @@ def _suggest(location: Sequence[str | int], known: Mapping[str, str]) -> str:
     """The nearest known key: a sibling that looks alike, the name in another section, or all siblings."""
     *parents, name = location
     prefix = _schema_key(parents)
+    if _schema_key(location) in known:
+        return f"it belongs to another family or kind of {_join(parents)}; remove it"
     siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == prefix]
     near = difflib.get_close_matches(str(name), siblings, n=1, cutoff=0.6)
     if near:

@@ -143,7 +143,7 @@ def _shared_memory() -> Finding:
 
 def _ray_directory() -> Finding:
     try:
-        from triptych.launcher.ray_train import short_temp_dir
+        from triptych.launcher.ray_cluster import short_temp_dir
 
         return Finding("ray sockets", "ok", f"below {short_temp_dir()}")
     except (RuntimeError, ImportError) as error:

@@ -50,11 +50,9 @@ def sample(path: str | Path, *, workers: int = 1, address: str | None = None, **
 def _on_ray(workers: int, address: str | None) -> Execute:
     """What draws a job on Ray workers."""
     join = address or os.environ.get("RAY_ADDRESS") or None
-    settings = ray_settings.ALWAYS if join else {**ray_settings.ALWAYS, **ray_settings.OWN_RAY}
 
     def execute(job: Job) -> Generator[Array, None, None]:
-        for key, value in settings.items():
-            os.environ.setdefault(key, value)
+        ray_settings.apply(join)
         from triptych.launcher.ray_cluster import cluster, local_options
 
         local = local_options(workers, use_gpu=None if job.device == "cuda" else False)

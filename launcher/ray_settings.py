@@ -25,7 +25,7 @@ def address(config: RunConfig) -> str | None:
     return config.cluster.address or os.environ.get("RAY_ADDRESS") or None
 
 
-def apply(config: RunConfig) -> None:
-    """Set what the user has not set."""
-    for key, value in (ALWAYS if address(config) else {**ALWAYS, **OWN_RAY}).items():
+def apply(join: str | None) -> None:
+    """Set what the user has not set. join: the cluster to join, None for a Ray of our own."""
+    for key, value in (ALWAYS if join else {**ALWAYS, **OWN_RAY}).items():
         os.environ.setdefault(key, value)

@@ -6,32 +6,22 @@ placement of tensor-parallel groups, the end of a run that no restart would mend
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import logging
 import os
-import shutil
-import signal
-import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from triptych.launcher import processes
 from triptych.launcher.config import RunConfig, validate
-from triptych.launcher.errors import RunFailed, Terminated
+from triptych.launcher.errors import RunFailed
 from triptych.launcher.progress import Display, Tail
+from triptych.launcher.ray_cluster import check_free, cluster, local_options
 from triptych.launcher.ray_settings import address
 from triptych.launcher.rundir import RunDir
 
-OBJECT_STORE_BYTES = 128 * 2**20
-LONGEST_TEMP_DIR = 30
-"""Characters: Ray adds about 75 for its sockets, and a socket's path may have 107."""
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 2.0
 """After one rank failed for good, the time in which the others may still say why they did."""
@@ -44,7 +34,7 @@ def train(config: RunConfig, directory: RunDir, display: Display) -> None:
     KeyboardInterrupt and Terminated through; whatever happens, a Ray started here is stopped.
     """
     tail = Tail(directory.progress_file)
-    with _cluster(config, directory):
+    with cluster(address(config), _local_options(config), logs=directory.path / "logs"):
         trainer = _trainer(config, directory)
         fit = _Fit(trainer)
         fit.start()
@@ -129,7 +119,7 @@ class _Trainer(TorchTrainer):
 
 
 def _trainer(config: RunConfig, directory: RunDir) -> TorchTrainer:
-    cluster = config.cluster
+    wanted = config.cluster
     needs = worker_needs(config, uses_gpu(config, ray.cluster_resources()))
     capacities = node_capacities(needs, [node for node in ray.nodes() if node["Alive"]])
     nodes = place(capacities, config.parallel.world_size, config.parallel.tp, needs)
@@ -139,7 +129,7 @@ def _trainer(config: RunConfig, directory: RunDir) -> TorchTrainer:
     return (_Trainer if address(config) is None else TorchTrainer)(
         _ray_worker,
         train_loop_config={"config": config.to_dict(), "run_dir": str(directory.path), "cwd": os.getcwd()},
-        torch_config=TorchConfig(timeout_s=int(cluster.collective_timeout)),
+        torch_config=TorchConfig(timeout_s=int(wanted.collective_timeout)),
         scaling_config=train_api.ScalingConfig(
             num_workers=config.parallel.world_size,
             use_gpu="GPU" in needs,
@@ -149,8 +139,8 @@ def _trainer(config: RunConfig, directory: RunDir) -> TorchTrainer:
         run_config=train_api.RunConfig(
             name="ray",
             storage_path=str(directory.path),
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-            worker_runtime_env={"env_vars": cluster.env_vars} if cluster.env_vars else None,
+            failure_config=ray.train.FailureConfig(max_failures=wanted.max_failures),
+            worker_runtime_env={"env_vars": wanted.env_vars} if wanted.env_vars else None,
             callbacks=[_FailureEvents(str(directory.path))],
         ),
     )
@@ -172,106 +162,12 @@ def _ray_worker(arguments: Mapping[str, Any]) -> None:
     )
 
 
-# --- The cluster -----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _cluster(config: RunConfig, directory: RunDir) -> Iterator[None]:
-    """Join the cluster of the configuration, or start one here; undo it at the end."""
-    join = address(config)
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if join:
-        try:
-            _init(address=join, **quiet)
-        except (ConnectionError, ValueError, OSError) as error:
-            raise ValueError(
-                f"cluster.address={join!r}: no Ray cluster answers there ({error}); give the address that "
-                "`ray start` printed, and set RAY_AUTH_MODE=token if the cluster asks for a token"
-            ) from error
-        try:
-            yield
-        finally:
-            with _undisturbed():
-                ray.shutdown()
-        return
-    temporary = Path(tempfile.mkdtemp(prefix="tri-", dir=short_temp_dir()))
-    before = set(processes.descendants())
-    try:
-        _init(address="local", **quiet, **_local_options(config), _temp_dir=str(temporary))
-        yield
-    except Exception:
-        _keep_logs(temporary, directory)
-        raise
-    finally:
-        with _undisturbed():
-            started = [process for process in processes.descendants() if process not in before]
-            ray.shutdown()
-            # A worker that was only just starting hangs below nobody any more; its arguments name it.
-            processes.end([*started, *processes.mentioning(str(temporary))])
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _init(**options: Any) -> None:
-    """ray.init, without the SIGTERM handler that it leaves behind: ours unwinds and clears up."""
-    in_main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(**options)
-    except SystemExit as error:  # Ray's own handler, while it starts
-        raise Terminated from error
-    finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, handler)
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """A second Ctrl-C must not break off the clearing up after the first; it takes a second or two."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _local_options(config: RunConfig) -> dict[str, Any]:
-    """Logical CPUs and resources for every worker, whatever the machine has; GPUs are counted by Ray."""
-    workers, cluster = config.parallel.world_size, config.cluster
-    options: dict[str, Any] = {
-        "num_cpus": max(1, -(-workers * cluster.cpus_per_worker // 1)),
-        "resources": {name: workers * amount for name, amount in cluster.resources_per_worker.items()},
-        "object_store_memory": OBJECT_STORE_BYTES,
-        "include_dashboard": False,
-    }
-    if cluster.use_gpu is False:
-        options["num_gpus"] = 0
-    return options
-
-
-def short_temp_dir() -> str:
-    """A directory for Ray's sockets whose name is short enough. Raises RuntimeError if there is none."""
-    candidates = [os.environ.get("RAY_TMPDIR"), tempfile.gettempdir(), "/tmp", "/var/tmp"]
-    for candidate in candidates:
-        if candidate and len(candidate) <= LONGEST_TEMP_DIR and os.access(candidate, os.W_OK):
-            return candidate
-    raise RuntimeError(
-        f"no temporary directory for Ray's sockets: {', '.join(filter(None, candidates))} are not writable "
-        f"or longer than {LONGEST_TEMP_DIR} characters; set RAY_TMPDIR to a short one"
+    """What a Ray of our own is started with."""
+    wanted = config.cluster
+    return local_options(
+        config.parallel.world_size, wanted.cpus_per_worker, wanted.resources_per_worker, wanted.use_gpu
     )
-
-
-def _keep_logs(temporary: Path, directory: RunDir) -> None:
-    """Ray's own logs of a failed run, beside those of the ranks."""
-    with contextlib.suppress(OSError, shutil.Error):
-        for logs in temporary.glob("session_2*/logs"):
-            shutil.copytree(
-                logs, directory.path / "logs" / "ray" / f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
-            )
 
 
 # --- The check before anything is taken ------------------------------------------------------------------
@@ -321,14 +217,3 @@ def place(capacities: Mapping[str, int], workers: int, tp: int, needs: Mapping[s
             f"for {rooms} workers; lower parallel.tp"
         )
     return chosen
-
-
-def check_free(needs: Mapping[str, float], workers: int, available: Mapping[str, float]) -> None:
-    """Raises ValueError when others hold what the workers need: it would wait for them without a word."""
-    for name, amount in needs.items():
-        if workers * amount > available.get(name, 0) + 1e-6:
-            free = available.get(name, 0)
-            raise ValueError(
-                f"{workers} workers need {workers * amount:g} {name}, but {free:g} are free in the cluster "
-                "now; wait for the other jobs, or use fewer workers"
-            )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from triptych.launcher.config import RunConfig, load
 from triptych.launcher.errors import RunFailed, Terminated
 from triptych.launcher.progress import Display, duration
 from triptych.launcher.rundir import RunDir
+from triptych.launcher.signals import sigterm_raises
 
 
 def resolve(
@@ -95,7 +94,7 @@ def train(config: RunConfig, directory: RunDir, *, in_process: bool = False) -> 
                 f"differs from the last start of this directory: {', '.join(changed)}", style="yellow"
             )
         try:
-            with _sigterm_raises(), display:
+            with sigterm_raises(), display:
                 _launch(config, directory, display, in_process)
         except (KeyboardInterrupt, Terminated):
             display.note(_how_to_go_on(directory), style="bold")
@@ -121,23 +120,9 @@ def train(config: RunConfig, directory: RunDir, *, in_process: bool = False) -> 
     }
 
 
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM, as batch systems send it, unwinds like Ctrl-C: everything that was started is stopped."""
-
-    def raise_terminated(number: int, frame: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, raise_terminated)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _launch(config: RunConfig, directory: RunDir, display: Display, in_process: bool) -> None:
     if not in_process:
-        ray_settings.apply(config)
+        ray_settings.apply(ray_settings.address(config))
         from triptych.launcher import ray_train
 
         ray_train.train(config, directory, display)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from triptych.models.conditioning import Modulation, modulate
+from triptych.models.conditioning import Modulation, modulated
 from triptych.models.config import LayerSpec, ModelConfig
 from triptych.models.context import Context
 from triptych.models.diffusion_config import DiffusionConfig
@@ -103,7 +103,7 @@ class Block(nn.Module):
         if self.modulation is None:
             return x_BTC + branch(f(norm(x_BTC), context), context.sample_keys)
         shift, scale, gate = next(modulation), next(modulation), next(modulation)
-        y_BTC = branch(f(modulate(norm(x_BTC), shift, scale), context), context.sample_keys)
+        y_BTC = branch(f(modulated(norm, x_BTC, shift, scale), context), context.sample_keys)
         return torch.addcmul(x_BTC, gate, y_BTC)
 
 

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from triptych import kernels
 from triptych.models.context import Context
 from triptych.models.diffusion_config import DiffusionConfig
 from triptych.models.init import ZEROS, Init, Normal, Xavier
 from triptych.models.linear import Linear, unset
+from triptych.models.norms import LayerNorm, to_compute
 
 FREQUENCIES = 256
 """Sines and cosines of the time."""
@@ -150,3 +152,10 @@ class Modulation(nn.Module):
 def modulate(x_BTC: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x (1 + scale) + shift."""
     return torch.addcmul(shift, x_BTC, 1 + scale)
+
+
+def modulated(norm: nn.Module, x_BTC: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """norm(x) (1 + scale) + shift; with a layer norm of no weights as one operator, which keeps x alone."""
+    if isinstance(norm, LayerNorm) and norm.weight is None:
+        return to_compute(kernels.modulated_layer_norm(x_BTC, shift, scale, norm.eps))
+    return modulate(norm(x_BTC), shift, scale)

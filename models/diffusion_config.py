@@ -30,8 +30,8 @@ class ModulationConfig(Section):
     """How conditioning acts on the blocks: shift, scale and gate of each branch (adaLN, arXiv 2212.09748)."""
 
     kind: Literal["zero", "lora"] = "zero"
-    """zero: a linear per block, zero at first (adaLN-Zero). lora: a low-rank one per block plus a full one that
-    all blocks share (FiTv2, arXiv 2410.13925)."""
+    """zero: a linear per block, zero at first (adaLN-Zero). lora: a low-rank one per block plus a full one
+    that all blocks share (FiTv2, arXiv 2410.13925)."""
     rank: int = Field(default=64, ge=1)
     """Rank of the blocks' own part, for lora."""
 
@@ -62,8 +62,8 @@ class DiffusionConfig(ModelConfig):
     patch_size: int = Field(default=2, ge=1)
     """Edge of the square patch that makes a token."""
     position: Literal["sincos", "learned", "rope", "none"] = "sincos"
-    """sincos: a fixed table added to the tokens; learned: a learned one; rope: rotary positions, an equal part
-    of each head's channels per axis; none: only scans know of places."""
+    """sincos: a fixed table added to the tokens; learned: a learned one; rope: rotary positions, an equal
+    part of each head's channels per axis; none: only scans know of places."""
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
     """For rope, at sizes beyond the trained."""
     conditioning: ConditioningConfig = ConditioningConfig()
@@ -87,8 +87,8 @@ class DiffusionConfig(ModelConfig):
     norm_eps: float = Field(default=1e-6, gt=0)
     """Added to the variance, in every norm of the model."""
     init: Literal["normal", "xavier"] = "xavier"
-    """Initial weights of linears: normal with init_std, or Xavier-uniform. Embeddings are normal; modulation and
-    head are zero."""
+    """Initial weights of linears: normal with init_std, or Xavier-uniform. Embeddings are normal; modulation
+    and head are zero."""
 
     @field_validator("input_size", mode="before")
     @classmethod
@@ -132,8 +132,8 @@ class DiffusionConfig(ModelConfig):
         axes = self.rope_axes
         if axes and self.attention.rope_theta is None:
             raise ValueError(
-                "model.position=rope with model.attention.rope_theta=null turns nothing; give a rope_theta, or "
-                "use position: none"
+                "model.position=rope with model.attention.rope_theta=null turns nothing; give a rope_theta, "
+                "or use position: none"
             )
         if axes and self.head_dim % (2 * axes):
             raise ValueError(
@@ -151,8 +151,8 @@ class DiffusionConfig(ModelConfig):
         reads = any(spec.mixer == "cross_attention" for spec in self.layer_specs())
         if self.conditioning.kind == "text" and not reads:
             raise ValueError(
-                f"model.conditioning.kind=text, and no block of model.pattern={self.pattern!r} reads the text; "
-                "add a cross_attention to the pattern, or use kind: class or none"
+                f"model.conditioning.kind=text, and no block of model.pattern={self.pattern!r} reads the "
+                "text; add a cross_attention to the pattern, or use kind: class or none"
             )
 
     @property

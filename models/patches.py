@@ -10,7 +10,7 @@ import math
 import torch
 from torch import nn
 
-from triptych.models.conditioning import Modulation, modulate
+from triptych.models.conditioning import Modulation, modulated
 from triptych.models.context import Context
 from triptych.models.diffusion_config import DiffusionConfig
 from triptych.models.init import ZEROS, Init, Normal, Xavier
@@ -138,4 +138,4 @@ class DenoiserHead(nn.Module):
     def forward(self, x_BTC: torch.Tensor, context: Context) -> torch.Tensor:
         """(B, T, C) -> (B, T, P)."""
         shift, scale = self.modulation(context)
-        return self.proj(modulate(self.norm(x_BTC), shift, scale)).to(self.proj.weight.dtype)
+        return self.proj(modulated(self.norm, x_BTC, shift, scale)).to(self.proj.weight.dtype)

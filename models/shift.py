@@ -17,8 +17,9 @@ from triptych.models.diffusion_config import DiffusionConfig
 
 def shift_axes(config: ModelConfig) -> int:
     """Along how many axes inputs are shifted; 0: not at all."""
-    quad = config.wkv.shift == "quad" and isinstance(config, DiffusionConfig)
-    return len(config.grid) if quad else 0
+    if config.wkv.shift == "quad" and isinstance(config, DiffusionConfig):
+        return len(config.grid)
+    return 0
 
 
 def check_shift(config: ModelConfig, user: str) -> None:

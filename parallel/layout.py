@@ -75,18 +75,17 @@ class Layout:
         tp = self.config.tp
         if tp == 1:
             return
-        specs = model.layer_specs()
-        if any(spec.mixer in ("attention", "cross_attention") for spec in specs):
-            _require_divides(tp, "model.attention.num_heads", model.attention.num_heads)
-            _require_groups(
-                tp, "model.attention.num_kv_heads", model.attention.num_kv_heads, model.attention.num_heads
-            )
-        if any(spec.mixer == "dimsum" for spec in specs):
-            # Its fusion gives each half of the channels half of the heads.
-            half, groups = model.attention.num_heads // 2, model.attention.num_kv_heads // 2
-            _require_divides(tp, "half of model.attention.num_heads", half)
-            _require_groups(tp, "half of model.attention.num_kv_heads", groups, half)
-        if any(spec.mixer == "mamba2" for spec in specs):
+        mixers = {spec.mixer for spec in model.layer_specs()}
+        if getattr(model, "shared_block_every", 0):
+            mixers.add("attention")
+        heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
+        if mixers & {"attention", "cross_attention"}:
+            _require_divides(tp, "model.attention.num_heads", heads)
+            _require_groups(tp, "model.attention.num_kv_heads", kv_heads, heads)
+        if "dimsum" in mixers:
+            _require_divides(tp, "half of model.attention.num_heads (dimsum)", heads // 2)
+            _require_groups(tp, "half of model.attention.num_kv_heads (dimsum)", kv_heads // 2, heads // 2)
+        if "mamba2" in mixers:
             heads = model.mamba2_num_heads
             _require_divides(tp, "expand * hidden_size / head_dim (heads) of model.mamba2", heads)
             _require_groups(tp, "model.mamba2.num_groups", model.mamba2.num_groups, heads)

@@ -56,7 +56,7 @@ class ImageReport:
     class_agreement: Figure
     """Share of the samples that the extractor recognises as the class they were made for."""
     conditions: dict[str, Any]
-    """Extractor and hash, both sets, the sampler's own settings, versions and date."""
+    """Extractor and hash, both sets, how the samples were drawn, versions and date."""
     warnings: tuple[str, ...]
 
     def table(self) -> RenderableType:
@@ -162,7 +162,7 @@ def compare_samples(
         "samples": _described(ours, made),
         "reference": {"name": theirs.name}
         | (_described(theirs.images, real) if theirs.images and real else {}),
-        "sampler": ours.settings,
+        "sampling": ours.settings,
         "versions": versions(),
     }
     return ImageReport(
@@ -279,6 +279,8 @@ def _described(images: ImageSet, measured: Measured) -> dict[str, Any]:
         "shape": f"{height}x{width}x{channels}",
         "pixels_sha256": measured.pixels_sha256,
     }
+    if images.left_out:
+        described["left_out"] = images.left_out
     if images.labels is not None:
         numbers, counts = np.unique(images.labels, return_counts=True)
         described |= {"classes": len(numbers), "fewest_of_a_class": int(counts.min())}

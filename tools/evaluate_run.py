@@ -6,27 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-
 from triptych import models
 from triptych.data_pipeline.images.config import ImageDataConfig
-from triptych.data_pipeline.images.dataset import ImageValidation
-from triptych.data_pipeline.images.needs import ImageNeeds
 from triptych.data_pipeline.kinds import read_config as read_data
 from triptych.models import DiffusionConfig
 from triptych.tools.evaluate_images import ImageReport, compare_samples
 from triptych.tools.image_metrics.classifier import load_or_train
+from triptych.tools.image_metrics.data import data_images
 from triptych.tools.image_metrics.features import Extractor
-from triptych.tools.image_metrics.images import ImageSet, array_images
+from triptych.tools.image_metrics.images import ImageSet
 from triptych.tools.image_metrics.inception import Inception
 from triptych.training import recovery, store
-from triptych.training.pictures import to_uint8
 
 Progress = Callable[[str], None]
 CLASSIFIER = "classifier"
 """Name of the extractor that is trained on the run's own images, and of its directory in the run's."""
-READ_AT_ONCE = 256
 
 
 def evaluate_run(
@@ -46,7 +40,7 @@ def evaluate_run(
     Raises ValueError where the run, its data or the sets cannot serve.
     """
     config, directory = _read(path)
-    real = run_images(config, "valid" if config[1].valid else "train") if reference is None else reference
+    real = _real(config, "valid" if config[1].valid else "train") if reference is None else reference
     return compare_samples(
         samples, real, build_extractor(extractor, config, directory, device, progress), progress=progress
     )
@@ -77,38 +71,17 @@ def build_extractor(
             f"--extractor {CLASSIFIER} needs labels, and the run has model.conditioning.kind="
             f"{config[0].conditioning.kind}; use inception:FILE"
         )
-    real = run_images(config, "train")
-    images = np.concatenate(list(real.batches(READ_AT_ONCE)))
+    real = _real(config, "train")
     assert real.labels is not None, "class conditioning has labels"
-    return load_or_train(directory / CLASSIFIER, images, real.labels, device=device, progress=progress)
+    return load_or_train(directory / CLASSIFIER, real.read(), real.labels, device=device, progress=progress)
 
 
-def run_images(config: tuple[DiffusionConfig, ImageDataConfig], split: Literal["train", "valid"]) -> ImageSet:
-    """The images of a run's data as bytes, centre-cropped, in file order, with their labels if it has any.
-
-    Raises ValueError for latents, rows of packed images and streams.
-    """
+def _real(config: tuple[DiffusionConfig, ImageDataConfig], split: Literal["train", "valid"]) -> ImageSet:
+    """The run's own images, in the size that the model draws."""
     model, data = config
-    if data.content != "images" or data.packing is not None or data.buckets is not None or data.stream:
-        raise ValueError(
-            "the run's data are not whole images of one size (data.content: images, image_size); give real "
-            "images with --reference, and an extractor with --extractor inception:FILE"
-        )
-    sources = data.sources if split == "train" else data.valid
-    labelled = model.conditioning.kind == "class"
-    needs = ImageNeeds(
-        channels=model.in_channels, num_classes=model.conditioning.num_classes if labelled else None
-    )
-    dataset = ImageValidation(data.model_copy(update={"valid": sources}), needs)
-    pictures, labels = [], []
-    for start in range(0, len(dataset), READ_AT_ONCE):
-        rows = [dataset.sample(n) for n in range(start, min(start + READ_AT_ONCE, len(dataset)))]
-        batch = dataset.collate(rows)
-        pictures.append(to_uint8(batch["x"][batch["valid"]]))
-        if labelled:
-            labels.append(batch["labels"][batch["valid"]])
-    known = torch.cat(labels).numpy() if labelled else None
-    return array_images(np.concatenate(pictures), known, f"the run's {split} images")
+    height, width = model.input_size
+    classes = model.conditioning.num_classes if model.conditioning.kind == "class" else None
+    return data_images(data, (height, width), split=split, num_classes=classes)
 
 
 def _read(path: str | Path) -> tuple[tuple[DiffusionConfig, ImageDataConfig], Path]:

@@ -72,7 +72,7 @@ class SampleReport:
         rows = [
             ["checkpoint", told["checkpoint"]],
             ["weights", told["weights"]],
-            ["samples", f"{told['num']} of {' x '.join(map(str, told['size']))}, seed {sampler['seed']}"],
+            ["images", f"{told['num']} of {' x '.join(map(str, told['size']))}, seed {sampler['seed']}"],
             ["sampler", f"{sampler['method']}, {sampler['steps']} steps"],
             ["guidance", _guidance_text(guidance)],
             ["classes", told["classes"]["text"] if told["classes"] else "none"],

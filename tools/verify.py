@@ -24,9 +24,10 @@ from triptych.parallel.local import run_local
 from triptych.tools.layouts import LayoutName, default_layouts, parse_layout
 from triptych.tools.render import table_of
 from triptych.tools.verify_rank import Job, RankResult, Worst, run_rank
+from triptych.tools.verify_samples import corpus_samples, synthetic_samples
+from triptych.training.check import check_layout
 from triptych.training.objectives import build_objective
 from triptych.training.sections import tokens_per_sample
-from triptych.tools.verify_samples import corpus_samples, synthetic_samples
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -204,12 +205,7 @@ def micro_batch_size(config: ParallelConfig, run: RunSections) -> int:
 
 
 def _check(config: ParallelConfig, run: RunSections) -> None:
-    Layout(config).check(
-        run.model,
-        seq_len=tokens_per_sample(run),
-        global_batch_size=run.train.global_batch_size,
-        micro_batch_size=micro_batch_size(config, run),
-    )
+    check_layout(run, config, micro_batch_size(config, run))
 
 
 def _judge(

@@ -80,7 +80,8 @@ def _images(model: DiffusionConfig, shape: tuple[int, ...], count: int, draw: to
 
 
 def _packed(model: DiffusionConfig, packing: PackingConfig, count: int, draw: torch.Generator) -> Batch:
-    """Rows of two images of unlike sizes, and padding behind them; shapes as data_pipeline/images gives."""
+    """Rows of two images of unlike sizes and padding behind them, one of the images unreadable; shapes as
+    data_pipeline/images gives."""
     edge = max(1, int((packing.max_tokens // 3) ** 0.5))
     images = min(2, packing.max_images)
     sizes = torch.zeros(count, packing.max_images, 2, dtype=torch.int64)
@@ -95,13 +96,15 @@ def _packed(model: DiffusionConfig, packing: PackingConfig, count: int, draw: to
             place = torch.arange(height * width)
             positions[row, start:stop] = torch.stack([place // width, place % width], dim=1)
             start = stop
+    valid = sizes.prod(dim=-1) > 0
+    valid[-1, 0] &= count <= 2
     values = model.in_channels * model.patch_elements
     batch: Batch = {
         "x": torch.randn(count, packing.max_tokens, values, generator=draw, dtype=torch.float64),
         "positions": positions,
         "document_ids": document_ids,
         "sizes": sizes,
-        "valid": sizes.prod(dim=-1) > 0,
+        "valid": valid,
         "image_keys": torch.randint(2**62, (count, packing.max_images), generator=draw),
     }
     if model.conditioning.kind == "class":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from triptych.models import DiffusionConfig
 from triptych.models.registry import MIXERS
+from triptych.parallel.config import ParallelConfig
 from triptych.parallel.layout import Layout
 from triptych.training.data import check_data
 from triptych.training.objectives import build_objective
-from triptych.training.sections import RunSections, tokens_per_sample
+from triptych.training.sections import RunSections, lengths, tokens_per_sample
 
 
 def check(run: RunSections) -> None:
@@ -16,17 +17,9 @@ def check(run: RunSections) -> None:
     if not isinstance(run.model, DiffusionConfig):
         for key, value in (("train.tread", run.train.tread), ("log.images", run.log.images)):
             if value is not None:
-                raise ValueError(
-                    f"{key} is for denoisers, and model.family={run.model.family}; remove it"
-                )
+                raise ValueError(f"{key} is for denoisers, and model.family={run.model.family}; remove it")
     build_objective(run)
-    Layout(run.parallel).check(
-        run.model,
-        seq_len=tokens_per_sample(run),
-        global_batch_size=run.train.global_batch_size,
-        micro_batch_size=run.train.micro_batch_size,
-    )
-    _check_routing(run)
+    check_layout(run, run.parallel, run.train.micro_batch_size)
     if run.train.eval_every and not run.data.valid:
         raise ValueError(
             f"train.eval_every={run.train.eval_every} needs validation data; name it in data.valid or set "
@@ -34,23 +27,44 @@ def check(run: RunSections) -> None:
         )
 
 
+def check_layout(run: RunSections, parallel: ParallelConfig, micro_batch_size: int) -> None:
+    """Raise ValueError where the run cannot have this layout, with micro-batches of so many samples."""
+    Layout(parallel).check(
+        run.model,
+        seq_len=tokens_per_sample(run),
+        global_batch_size=run.train.global_batch_size,
+        micro_batch_size=micro_batch_size,
+    )
+    _check_routing(run)
+    if parallel.tp > 1 and parallel.sequence_parallel:
+        _check_lengths(run, parallel.tp)
+
+
 def _check_routing(run: RunSections) -> None:
-    """TREAD with these mixers, and under this layout: the tokens that stay are cut along T as well."""
-    tread, tp = run.train.tread, run.parallel.tp
+    """TREAD with these mixers."""
+    tread = run.train.tread
     if tread is None:
         return
     for spec in run.model.layer_specs()[tread.start : tread.end]:
         if reason := getattr(MIXERS.get(spec.mixer or ""), "tread_refusal", None):
             raise ValueError(
-                f"train.tread leaves tokens out of blocks {tread.start} to {tread.end - 1}, where {spec.mixer} "
-                f"stands: {reason}; remove train.tread, or choose other blocks"
+                f"train.tread leaves tokens out of blocks {tread.start} to {tread.end - 1}, where "
+                f"{spec.mixer} stands: {reason}; remove train.tread, or choose other blocks"
             )
-    if tp == 1 or not run.parallel.sequence_parallel:
-        return
-    tokens = tokens_per_sample(run)
-    kept = tokens - int(tokens * tread.rate)
-    if kept % tp:
-        raise ValueError(
-            f"parallel.tp={tp} does not divide the {kept} of {tokens} tokens that train.tread.rate={tread.rate} "
-            "keeps; change the rate, or set parallel.sequence_parallel=false"
-        )
+
+
+def _check_lengths(run: RunSections, tp: int) -> None:
+    """Sequence parallelism cuts along T: the tokens of every size, and those of them that TREAD keeps."""
+    tread = run.train.tread
+    for tokens in lengths(run):
+        if tokens % tp:
+            raise ValueError(
+                f"parallel.tp={tp} does not divide the {tokens} tokens of one of the sizes in data.buckets; "
+                "leave that size out, or set parallel.sequence_parallel=false"
+            )
+        kept = tokens - int(tokens * tread.rate) if tread is not None else tokens
+        if tread is not None and kept % tp:
+            raise ValueError(
+                f"parallel.tp={tp} does not divide the {kept} of {tokens} tokens that train.tread.rate="
+                f"{tread.rate} keeps; change the rate, or set parallel.sequence_parallel=false"
+            )

@@ -10,7 +10,7 @@ from triptych.data_pipeline.images import dataset as images
 from triptych.data_pipeline.images.needs import ImageNeeds
 from triptych.data_pipeline.vocabulary import check_vocabulary
 from triptych.models import DiffusionConfig, LanguageConfig
-from triptych.training.sections import RunSections
+from triptych.training.sections import RunSections, check_family
 
 
 def open_training(run: RunSections) -> Any:
@@ -40,20 +40,11 @@ def open_validation(run: RunSections) -> Any:
 
 def check_data(run: RunSections) -> None:
     """Raise ValueError where `data:` does not go with the model; reads headers only."""
+    check_family(run)
     if isinstance(run.data, DataConfig):
-        if not isinstance(run.model, LanguageConfig):
-            raise ValueError(
-                f"data: is text (sources of tokens, seq_len) and model.family={run.model.family}; "
-                "set data.kind: images, or model.family: lm"
-            )
-        check_vocabulary(run.data, run.model.vocab_size)
-        return
-    if not isinstance(run.model, DiffusionConfig):
-        raise ValueError(
-            f"data.kind=images does not serve model.family={run.model.family}; set model.family: diffusion, or "
-            "give text under data:"
-        )
-    image_needs(run).check(run.data)
+        check_vocabulary(run.data, _vocab_size(run))
+    else:
+        image_needs(run).check(run.data)
 
 
 def image_needs(run: RunSections) -> ImageNeeds:

@@ -52,11 +52,37 @@ def as_json(run: RunSections) -> dict[str, Any]:
     return {name: getattr(run, name).model_dump(mode="json") for name in _NAMES}
 
 
+def check_family(run: RunSections) -> None:
+    """Raise ValueError where `data:` is of a kind that the family of models does not learn from."""
+    if isinstance(run.data, DataConfig) and not isinstance(run.model, LanguageConfig):
+        raise ValueError(
+            f"data: is text (sources of tokens, seq_len) and model.family={run.model.family}; set data.kind: "
+            "images, or model.family: lm"
+        )
+    if isinstance(run.data, ImageDataConfig) and not isinstance(run.model, DiffusionConfig):
+        raise ValueError(
+            f"data.kind=images does not serve model.family={run.model.family}; set model.family: diffusion, "
+            "or give text under data:"
+        )
+
+
 def tokens_per_sample(run: RunSections) -> int:
-    """T: the tokens of one row of a batch."""
+    """T: the tokens of one row of a batch, the most where sizes differ.
+
+    Raises ValueError as `check_family` does, and for sizes that model.patch_size does not divide.
+    """
+    check_family(run)
     if isinstance(run.data, DataConfig):
         return run.data.seq_len
-    if run.data.packing is not None:
-        return run.data.packing.max_tokens
-    assert isinstance(run.model, DiffusionConfig), "check() refuses images for other families"
-    return run.model.num_tokens
+    assert isinstance(run.model, DiffusionConfig), "refused by check_family"
+    return run.data.num_tokens(run.model.patch_size)
+
+
+def lengths(run: RunSections) -> list[int]:
+    """Every T that a batch of the run may have, ascending; several with buckets."""
+    longest = tokens_per_sample(run)
+    if isinstance(run.data, DataConfig) or run.data.buckets is None:
+        return [longest]
+    assert isinstance(run.model, DiffusionConfig), "refused by check_family"
+    patch = run.model.patch_size
+    return sorted({height // patch * (width // patch) for _, height, width in run.data.shapes})

@@ -25,7 +25,7 @@ from triptych.training import recovery, schedule, store
 from triptych.training.check import check
 from triptych.training.checkpoint import Checkpointer
 from triptych.training.data import open_training, open_validation
-from triptych.training.ema import EMA
+from triptych.training.ema import EMA, PREFIX
 from triptych.training.errors import NonFiniteLoss
 from triptych.training.evaluation import (
     MicroBatchLoss,
@@ -261,8 +261,14 @@ class Session:
         state = store.load_state(directory)
         recovery.check_same_run(directory, state["config"], as_json(self.run))
         with store.open_reader(directory) as reader:
+            averaged = any(name.startswith(PREFIX) for name in reader.index)
             for window in self._windows():
-                reader.read_into(window)
+                if averaged or not window.name.startswith(PREFIX):
+                    reader.read_into(window)
+        if self.ema is not None and not averaged:
+            self.ema.restart()
+            if self.group.rank == 0:
+                log.warning("%s has no averages (train.ema is new); they start from its parameters", directory)
         self.load_state_dict(state)
         if self.group.rank == 0:
             log.info("resumed step %d from %s", self.step, directory)

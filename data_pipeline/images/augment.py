@@ -75,6 +75,8 @@ def center(image: Image, size: tuple[int, int]) -> Image:
     covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     if image.size != covering:
         image = image.resize(covering, Resampling.BICUBIC)
+    if covering == (width, height):
+        return image
     left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
     return image.crop((left, top, left + width, top + height))
 

@@ -146,7 +146,7 @@ class VaeConfig(Section):
 
 
 class StreamConfig(Section):
-    """Shards read as streams, as WebDataset does. `data.streaming` says what does not hold then."""
+    """Shards read as streams, as WebDataset does. The head of images/streaming.py says what holds then."""
 
     samples_per_shard: int | None = Field(default=None, ge=1)
     """Samples in each shard; given, a resumed run starts at the shard it had reached, unset: with another

@@ -29,7 +29,7 @@ class ImageNeeds:
     channels: int | None = None
     """model.in_channels."""
     size: tuple[int, ...] | None = None
-    """model.input_size, where the model takes no other."""
+    """model.input_size, where the model takes no other. Packing is not held against it."""
     patch_size: int | None = None
     """model.patch_size."""
     num_classes: int | None = None
@@ -43,10 +43,12 @@ class ImageNeeds:
             raise ValueError(
                 f"data.channels={config.channels} is not model.in_channels={self.channels}; make them equal"
             )
-        if self.size is not None and config.image_size is not None and config.image_size != self.size:
+        others = [shape[1:] for shape in config.shapes if config.packing is None and shape[1:] != self.size]
+        if self.size is not None and others:
+            key = "data.image_size" if config.image_size else "data.buckets"
             raise ValueError(
-                f"data.image_size={list(config.image_size)} is not model.input_size={list(self.size)}; make "
-                "them equal, or use model.position: rope, which takes other sizes"
+                f"{key}={list(others[0])} is not model.input_size={list(self.size)}; make them equal, or use "
+                "model.position: rope, which takes other sizes"
             )
         if self.patch_size is not None:
             config.num_tokens(self.patch_size)
@@ -94,68 +96,81 @@ def _requirements(
     return found
 
 
-def check_samples(
-    label: str,
-    shards: Shards,
-    samples: npt.NDArray[np.int64],
-    config: ImageDataConfig,
-    needs: ImageNeeds,
-) -> None:
-    """Raises ValueError for what is no damage but a mistake: labels, channels or sizes that do not fit.
+@dataclass(frozen=True)
+class SampleCheck:
+    """What is no damage but a mistake: labels, texts, channels or sizes of usable samples that do not fit."""
 
-    label: the source's, for messages. samples: those that are usable.
-    """
+    label: str
+    """The source's, for messages."""
+    shards: Shards
+    samples: npt.NDArray[np.int64]
+    config: ImageDataConfig
+    needs: ImageNeeds
 
-    def refuse(wrong: npt.NDArray[np.bool_], told: str, mend: str, values: npt.NDArray[np.generic]) -> None:
-        if wrong.any():
-            n = int(samples[np.flatnonzero(wrong)[0]])
-            raise ValueError(
-                f"{int(wrong.sum())} of {len(samples)} samples of source {label} {told}; the first is "
-                f"{shards.name(n)} with {values[n].tolist()}. {mend}"
+    def run(self) -> None:
+        """Raises ValueError with the first sample that does not fit, and the mend."""
+        self._conditioning()
+        if self.config.content == "latents":
+            self._refuse(
+                self.shards.latents[self.samples, 0] != self.config.channels,
+                f"have another number of channels than data.channels={self.config.channels}",
+                "Set data.channels (and model.in_channels) as the autoencoder has it",
+                self.shards.latents,
+            )
+        if self.config.content == "latents" or self.config.augment.crop == "none":
+            self._exact_sizes()
+
+    def _conditioning(self) -> None:
+        classes = self.needs.num_classes
+        if classes is not None:
+            self._refuse(
+                self.shards.labels[self.samples] >= classes,
+                f"have labels outside 0 .. {classes - 1} (model.conditioning.num_classes)",
+                "Raise num_classes, or write the shards again with labels from 0 on",
+                self.shards.labels,
+            )
+        if self.needs.text is not None:
+            length, size = self.needs.text
+            texts = self.shards.texts[self.samples]
+            self._refuse(
+                (texts[:, 0] > length) | (texts[:, 1] != size),
+                f"have embedded texts that do not fit model.conditioning: text_length={length}, "
+                f"text_size={size}",
+                "Set both as the shards have them (shorter texts are filled up with zeros)",
+                self.shards.texts,
             )
 
-    if needs.num_classes is not None:
-        refuse(
-            shards.labels[samples] >= needs.num_classes,
-            f"have labels outside 0 .. {needs.num_classes - 1} (model.conditioning.num_classes)",
-            "Raise num_classes, or write the shards again with labels from 0 on",
-            shards.labels,
-        )
-    if needs.text is not None:
-        length, size = needs.text
-        refuse(
-            (shards.texts[samples, 0] > length) | (shards.texts[samples, 1] != size),
-            f"have embedded texts that do not fit model.conditioning: text_length={length}, text_size={size}",
-            "Set both as the shards have them (shorter texts are filled up with zeros)",
-            shards.texts,
-        )
-    sizes = shards.images if config.content == "images" else shards.latents[:, 1:]
-    if config.content == "latents":
-        refuse(
-            shards.latents[samples, 0] != config.channels,
-            f"have another number of channels than data.channels={config.channels}",
-            "Set data.channels (and model.in_channels) as the autoencoder has it",
-            shards.latents,
-        )
-    exact = config.content == "latents" or config.augment.crop == "none"
-    if exact and config.packing is None:
+    def _exact_sizes(self) -> None:
+        """For samples that are not resized."""
+        config = self.config
+        all_sizes = self.shards.images if config.content == "images" else self.shards.latents[:, 1:]
+        sizes = all_sizes[self.samples]
+        if config.packing is not None:
+            patch, most = config.packing.patch_size, config.packing.image_tokens
+            self._refuse(
+                (sizes % patch != 0).any(axis=1) | ((sizes // patch).prod(axis=1) > most),
+                f"have sizes that are no multiples of data.packing.patch_size={patch}, or give more than "
+                f"{most} tokens",
+                "Write the shards again in sizes that fit, or raise data.packing.max_image_tokens",
+                all_sizes,
+            )
+            return
         allowed = np.array([shape[1:] for shape in config.shapes])
-        fits = (sizes[samples][:, None, :] == allowed[None]).all(axis=2).any(axis=1)
         key = "data.buckets" if config.buckets is not None else "data.image_size"
-        cropped = "" if config.content == "latents" else "Use data.augment.crop: center, or set "
-        refuse(
-            ~fits,
+        cropped = "" if config.content == "latents" else "use data.augment.crop: center, or "
+        self._refuse(
+            ~(sizes[:, None, :] == allowed[None]).all(axis=2).any(axis=1),
             f"have a size (height, width) that is not in {key}={allowed.tolist()}",
-            f"{cropped or 'Set '}{key} to the sizes of the shards",
-            sizes,
+            f"To mend it, {cropped}set {key} to the sizes of the shards",
+            all_sizes,
         )
-    if config.packing is not None and exact:
-        patch, most = config.packing.patch_size, config.packing.image_tokens
-        grid = sizes[samples] // patch
-        refuse(
-            (sizes[samples] % patch != 0).any(axis=1) | (grid.prod(axis=1) > most),
-            f"have sizes that are no multiples of data.packing.patch_size={patch}, or give more than {most} "
-            "tokens",
-            "Write the shards again in sizes that fit, or raise data.packing.max_image_tokens",
-            sizes,
-        )
+
+    def _refuse(
+        self, wrong: npt.NDArray[np.bool_], told: str, mend: str, values: npt.NDArray[np.generic]
+    ) -> None:
+        if wrong.any():
+            n = int(self.samples[np.flatnonzero(wrong)[0]])
+            raise ValueError(
+                f"{int(wrong.sum())} of {len(self.samples)} samples of source {self.label} {told}; the first "
+                f"is {self.shards.name(n)} with {values[n].tolist()}. {mend}"
+            )

@@ -46,7 +46,9 @@ class Decoder:
         try:
             if self.scale is not None:
                 return self._latent(members, (self.config.channels, *size), sample_key)
-            data = next(members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members)
+            data = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+            if data is None:
+                raise ValueError(f"it has no image ({', '.join(IMAGE_SUFFIXES)})")
             return augment.pixels(augment.decode(data, self.config.channels), size, self.augment, sample_key)
         except Exception as error:  # Pillow's and numpy's readers meet damaged data with errors of any kind
             raise Unreadable(f"{type(error).__name__}: {error}") from error

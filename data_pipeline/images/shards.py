@@ -39,8 +39,11 @@ def expand(path: str) -> list[str]:
         raise ValueError(f"the braces of source {path} do not match; write {{000..123}}") from error
 
 
-def find_shards(path: str) -> list[Path]:
-    """The tar files of a source. Raises ValueError if there is none, or one of those named is missing."""
+def find_shards(path: str, *, streamed: bool = False) -> list[Path]:
+    """The tar files of a source; streamed: they may be compressed.
+
+    Raises ValueError if there is none, or one of those named is missing.
+    """
     if is_url(path):
         raise ValueError(
             f"source {path} is a URL; set data.stream: true, or copy its shards to a file system"
@@ -56,7 +59,7 @@ def find_shards(path: str) -> list[Path]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{missing[0]}{more} is missing (source {path}); {_MEND}")
     packed = [shard for shard in shards if shard.suffix != ".tar"]
-    if packed:
+    if packed and not streamed:
         raise ValueError(
             f"{packed[0]} is no .tar file; shards are read at random, so decompress them, or set "
             "data.stream: true"

@@ -16,7 +16,7 @@ from triptych.data_pipeline.images.config import ImageDataConfig, ImageSourceCon
 from triptych.data_pipeline.images.description import Description
 from triptych.data_pipeline.images.faults import Faults
 from triptych.data_pipeline.images.index import MEAN
-from triptych.data_pipeline.images.needs import ImageNeeds, check_samples, usable
+from triptych.data_pipeline.images.needs import ImageNeeds, SampleCheck, usable
 from triptych.data_pipeline.images.plan import (
     BucketPlan,
     PackedPlan,
@@ -72,7 +72,7 @@ class ImageSource:
                 f"source {self.label} has no usable sample in {len(paths)} shards; "
                 f"{'; '.join(faults.names[:3])}"
             )
-        check_samples(self.label, self.shards, self.samples, config, needs)
+        SampleCheck(self.label, self.shards, self.samples, config, needs).run()
         sizes = self.shards.images if config.content == "images" else self.shards.latents[:, 1:]
         self.scale = self._scale(config, description) if config.content == "latents" else None
         self.grids: npt.NDArray[np.int64] | None = None

@@ -34,10 +34,10 @@ from triptych.data_pipeline.dataset import collate
 from triptych.data_pipeline.images.config import ImageDataConfig
 from triptych.data_pipeline.images.description import Description
 from triptych.data_pipeline.images.faults import Faults
-from triptych.data_pipeline.images.index import BAD_LABEL, IMAGE_SUFFIXES, NO_LABEL, parse_label
+from triptych.data_pipeline.images.index import BAD_LABEL, NO_LABEL, parse_label
 from triptych.data_pipeline.images.needs import ImageNeeds
 from triptych.data_pipeline.images.rows import Decoder, Row, Unreadable
-from triptych.data_pipeline.images.scaling import latent_scale
+from triptych.data_pipeline.images.scaling import LatentScale, latent_scale
 from triptych.data_pipeline.images.shards import expand, find_shards, is_url
 from triptych.data_pipeline.order import Mixture, key, permutation
 
@@ -65,7 +65,7 @@ class StreamedImages:
             Decoder(config, self.needs, config.augment, self._scale(s)) for s in range(len(config.sources))
         ]
 
-    def _scale(self, s: int) -> Any:
+    def _scale(self, s: int) -> LatentScale | None:
         if self.config.content == "images":
             return None
         source = self.config.sources[s]
@@ -90,7 +90,7 @@ class StreamedImages:
 def _urls(path: str) -> list[str]:
     if is_url(path):
         return expand(path)
-    return [str(shard) for shard in find_shards(path)]
+    return [str(shard) for shard in find_shards(path, streamed=True)]
 
 
 class RankStream:
@@ -118,28 +118,37 @@ class RankStream:
         return self._row(source, key(self.data.seed, "sample", i) >> 1)
 
     def _row(self, s: int, sample_key: int) -> Row:
+        """The next sample of source s that can be used."""
         data = self.data
-        size: Any = data.config.shapes[0][1:]
-        for members, name in self._sources[s]:
-            if data.config.content == "images" and not any(suffix in members for suffix in IMAGE_SUFFIXES):
-                data.bad.add(name, f"has no image ({', '.join(IMAGE_SUFFIXES)})")
-                continue
-            label = parse_label(members)
-            if data.needs.num_classes is None:
-                label = NO_LABEL
-            elif label in (NO_LABEL, BAD_LABEL):
-                data.bad.add(name, "it has no label that is an integer from 0 on")
-                continue
-            elif label >= data.needs.num_classes:
-                raise ValueError(
-                    f"{name} has label {label}, outside 0 .. {data.needs.num_classes - 1} "
-                    "(model.conditioning.num_classes); raise it, or write the shards again"
-                )
+        _, height, width = data.config.shapes[0]
+        for in_a_row, (members, name) in enumerate(self._sources[s], start=1):
             try:
-                return data.decoders[s].grid_row(members, label, size, sample_key)
+                label = self._label(members, name)
+                return data.decoders[s].grid_row(members, label, (height, width), sample_key)
             except Unreadable as error:
                 data.bad.add(name, str(error))
+            # Those counted before do not count again, so that a stream of nothing else would not end.
+            if in_a_row > data.config.max_bad_samples:
+                raise ValueError(
+                    f"{in_a_row} samples in a row could not be used, more than data.max_bad_samples="
+                    f"{data.config.max_bad_samples}; the first of all are: {'; '.join(data.bad.names[:5])}"
+                )
         raise AssertionError("streams do not end")
+
+    def _label(self, members: dict[str, Any], name: str) -> int:
+        """The sample's label. Raises Unreadable where it has none, ValueError where no class has it."""
+        classes = self.data.needs.num_classes
+        if classes is None:
+            return NO_LABEL
+        label = parse_label(members)
+        if label in (NO_LABEL, BAD_LABEL):
+            raise Unreadable("it has no label that is an integer from 0 on")
+        if label >= classes:
+            raise ValueError(
+                f"{name} has label {label}, outside 0 .. {classes - 1} (model.conditioning.num_classes); "
+                "raise it, or write the shards again"
+            )
+        return label
 
     def _stream(self, s: int, start: int) -> Iterator[tuple[dict[str, Any], str]]:
         """The samples of source s by suffix, and their names, as a run goes on that has consumed `start`."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,10 @@ TILE_ELEMENTS_ELSEWHERE = 1 << 26
 NOTHING = -1e30
 
 
+Values = Sequence[Tensor | None]
+"""What is summed; None stands for ones."""
+
+
 @dataclass
 class Sums:
     """2^top times each of `values`; top is -inf where nothing has been summed."""
@@ -47,12 +51,15 @@ class Sums:
         return Sums(self.top[index], [value[index] for value in self.values])
 
 
-def add(sums: Sums, log: Tensor, values: list[Tensor], out: Sums) -> None:
+def add(sums: Sums, log: Tensor, values: Values, out: Sums) -> None:
     """out = sums + 2^log times values."""
     torch.maximum(sums.top, log, out=out.top)
     old, new = (torch.sub(x, out.top).exp2_() for x in (sums.top, log))
     for kept, value, target in zip(sums.values, values, out.values):
-        torch.mul(kept, old, out=target).addcmul_(value, new)
+        if value is None:
+            torch.addcmul(new, kept, old, out=target)
+        else:
+            torch.mul(kept, old, out=target).addcmul_(value, new)
 
 
 class Tile:
@@ -84,7 +91,7 @@ class Tile:
         return None if mask is None else self.cut(mask.unsqueeze(-1).float()).bool()
 
     def sweep(
-        self, log: Tensor, values: list[Tensor], *, reverse: bool, first: Sums | None = None
+        self, log: Tensor, values: Values, *, reverse: bool, first: Sums | None = None
     ) -> tuple[Sums, Sums]:
         """Sums over the tokens before each token (behind it, if reverse) and over all of them.
 
@@ -106,12 +113,13 @@ class Tile:
             if resets is not None:
                 sums.top[here].masked_fill_(resets[here], -math.inf)
             if following is not None:
-                add(sums.at(here), raised[here], [value[here] for value in values], sums.at(following))
+                added = [None if value is None else value[here] for value in values]
+                add(sums.at(here), raised[here], added, sums.at(following))
         sums.top.sub_((place - 1) * self.w)
         return sums, last
 
     def _chunk_sums(
-        self, raised: Tensor, values: list[Tensor], reverse: bool, first: Sums | None
+        self, raised: Tensor, values: Values, reverse: bool, first: Sums | None
     ) -> tuple[Sums, Sums]:
         """What each chunk begins with, (R, n, W), its top raised like the first token's, and what there is
         behind the last one, (R, W)."""
@@ -124,7 +132,7 @@ class Tile:
             passes = counts.sum(0) == 0
         top = raised.amax(0)
         weights = torch.sub(raised, top).exp2_()
-        own = [(weights * value).sum(0) for value in values]
+        own = [(weights if value is None else weights * value).sum(0) for value in values]
         # From chunk to chunk in fp64: rounding of the top would add up over a long row.
         decay = self.w[-1 if not reverse else 0].double().expand(top.shape)
         own_top = top.double() - (self.size - 1) * decay
@@ -205,9 +213,8 @@ class _Outputs:
         if inputs.initial_state is not None:
             mean, log = inputs.initial_state[rows, :, channels].to(dtype).unbind(1)
             self.initial = Sums(log * LOG2_E, [mean, torch.ones_like(mean)])
-        values = [self.v, torch.ones_like(self.v)]
         self.sweeps = {
-            reverse: self.tile.sweep(self.k, values, reverse=reverse, first=self.initial)[0]
+            reverse: self.tile.sweep(self.k, [self.v, None], reverse=reverse, first=self.initial)[0]
             for reverse in inputs.directions
         }
         self.own = self.k + u
@@ -235,7 +242,7 @@ class _Outputs:
         before = self.sweeps[False].at(last)
         before = Sums(before.top - tile.w[0, :, -1], before.values)
         sums = Sums(torch.empty_like(before.top), [torch.empty_like(before.top) for _ in before.values])
-        add(before, self.k[last], [self.v[last], torch.ones_like(self.v[last])], sums)
+        add(before, self.k[last], [self.v[last], None], sums)
         return sums
 
 
@@ -297,7 +304,7 @@ def _backward_tile(
     log = tile.cut(tile.join(-outputs.log), NOTHING)
     share = torch.sub(outputs.own, outputs.log).exp2_()
     dv, dlog = (share * value for value in values)
-    du = tile.join(v * dv - dlog)
+    du = tile.join((v * dv).sub_(dlog))
     grads.u[channels] += (du * scale if inputs.scale_u and scale is not None else du).sum((0, 1))
     dw = torch.zeros_like(du)
     # What a token gave to the outputs behind it is gathered by the reverse sweep, and the other way round.
@@ -309,7 +316,9 @@ def _backward_tile(
         dlog.addcmul_(weight, after.values[1])
         # One step of decay lies between the tokens before a token and the outputs after it.
         between = before.top.add_(after.top).sub_(tile.w).exp2_()
-        dw -= tile.join((before.values[0] * after.values[0] - before.values[1] * after.values[1]) * between)
+        of_dy, of_dy_y = after.values
+        products = before.values[0].mul_(of_dy).addcmul_(before.values[1], of_dy_y, value=-1)
+        dw -= tile.join(products.mul_(between))
     if not inputs.bidirectional:
         grads.initial[rows, :, channels] = _gradient_of_initial(outputs.initial, last)
     grads.w[channels] += (dw if scale is None else dw * scale).sum((0, 1))

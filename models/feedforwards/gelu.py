@@ -21,17 +21,18 @@ from triptych.models.sharding import COLUMN, ROW, ROW_BIAS, Cut
 class GELU(nn.Module):
     """down_proj(gelu(up_proj(x))).
 
-    selective recomputation drops nothing here, as in arXiv 2205.05198.
+    selective recomputation drops nothing in language models, as in arXiv 2205.05198. In denoisers it keeps the
+    output of up_proj and computes that of the activation again.
     """
 
     tp_region = True
-    selective = ()
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         size = config.ffn.intermediate_size or 4 * config.hidden_size
         bias = config.ffn.bias
         self.linear_init = config.linear_init
+        self.selective = () if config.causal else ("down",)
         self.up_proj = Linear(config.hidden_size, size, bias=bias)
         self.down_proj = Linear(size, config.hidden_size, bias=bias)
         self.sharding: dict[str, Cut] = {"up_proj.weight": COLUMN, "down_proj.weight": ROW}
@@ -57,4 +58,8 @@ class GELU(nn.Module):
 
     def forward(self, x_BTC: torch.Tensor, context: Context) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
-        return self.down_proj(kernels.gelu(self.up_proj(x_BTC)))
+        return self.down(self.up_proj(x_BTC))
+
+    def down(self, up_BTF: torch.Tensor) -> torch.Tensor:
+        """Output of up_proj (B, T, F) -> (B, T, C)."""
+        return self.down_proj(kernels.gelu(up_BTF))

@@ -153,7 +153,7 @@ class Mamba1(nn.Module):
         states = self.settings.state_size
         dt_BTR, b_BTN, c_BTN = whole.split([self.rank, states, states], dim=-1)
         inputs = (x_BTI, self.dt_up(dt_BTR), -torch.exp(wide(a_log)), b_BTN, c_BTN)
-        options = {"d": wide(d), "z": z_BTI, "dt_bias": wide(dt_bias)}
+        options: dict[str, Any] = {"d": wide(d), "z": z_BTI, "dt_bias": wide(dt_bias)}
         if held is not None:
             return self._scan_with_cache(inputs, options, held)
         return kernels.selective_scan(
@@ -163,7 +163,7 @@ class Mamba1(nn.Module):
     def _scan_with_cache(
         self,
         inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-        options: dict[str, torch.Tensor],
+        options: dict[str, Any],
         held: dict[str, torch.Tensor],
     ) -> torch.Tensor:
         """The scan from held["state"] (B, I, N), which it replaces; (B, T, I)."""

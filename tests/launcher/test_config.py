@@ -89,6 +89,10 @@ def test_a_run_directory_is_a_configuration(file: Path, tmp_path: Path) -> None:
         (["train.micro_batch_size=3"], ["train.micro_batch_size=3 does not divide", "use one of 1, 2"]),
         (["parallel.cp=2"], ["parallel.cp=2 is reserved"]),
         (["name=a/b"], ["name='a/b'"]),
+        (["model.family=vision"], ["model.family='vision': use one of 'lm', 'diffusion'"]),
+        (["data.kind=videos"], ["data.kind='videos': use one of 'text', 'images'"]),
+        (["model.patch_size=2"], ["model.patch_size is not a known key; it belongs to another family or kind"]),
+        (["model.pattern=[mamba9]"], ["model.pattern: mixer 'mamba9' of item 'mamba9' is unknown"]),
     ],
 )
 def test_wrong_keys_and_values_are_named(file: Path, overrides: list[str], words: list[str]) -> None:
@@ -107,6 +111,15 @@ def test_all_wrong_keys_are_told_at_once_with_the_file_they_are_in(file: Path) -
     assert f"{file}: trian is not a known key; did you mean train?" in lines
     assert any(line.startswith(f"{file}: parallel.tp='two'") for line in lines)
     assert "log.evry is not a known key; did you mean log.every?" in lines
+
+
+def test_checks_of_rooms_stand_a_line_each_and_say_in_which_section_they_are() -> None:
+    overrides = ["data.content=images", "data.channels=5", "train.schedule.warmup=500000"]
+    with pytest.raises(ConfigError) as caught:
+        load("configs/diffusion/dit.yaml", overrides)
+    first, second = str(caught.value).splitlines()
+    assert first == "data: channels=5: images have 1 (grey) or 3 (colour)"
+    assert second.startswith("train.schedule.warmup=500000 and decay=0 are together longer")
 
 
 def test_a_missing_key_says_what_is_expected(file: Path) -> None:

@@ -142,7 +142,7 @@ def test_conditions_and_warnings_stand_beside_the_numbers(tmp_path: Path) -> Non
     path.with_suffix(".json").write_text(json.dumps(settings))
     report = compare_samples(path, array_images(pixels(90, 12), name="real"), Pixels())
     assert not any("no sampler settings" in warning for warning in report.warnings)
-    assert report.conditions["sampler"] == settings
+    assert report.conditions["sampling"] == settings
     made = report.conditions["samples"]
     assert (made["images"], made["classes"]) == (4, 2)
     assert (made["fewest_of_a_class"], made["most_of_a_class"]) == (1, 3)

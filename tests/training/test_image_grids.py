@@ -28,6 +28,7 @@ from triptych.training.config import LogConfig, TrainConfig
 from triptych.training.ema import EMA
 from triptych.training.image_grids import ImageGridConfig, ImageGrids, save_grid
 from triptych.training.pictures import GAP, Pictures
+from triptych.training.session import PARAMETER_DTYPES
 
 CPU = torch.device("cpu")
 CLASSES = 3
@@ -62,6 +63,7 @@ def run_of(parallel: dict[str, Any], images: dict[str, Any] = IMAGES, **changes:
     }
     data = {"kind": "images", "sources": ["nowhere"], "image_size": [8, 8], **changes.get("data", {})}
     train = {"steps": 9, "global_batch_size": 12, "micro_batch_size": 2, "precision": "fp64"}
+    train |= changes.get("train", {})
     return SimpleNamespace(
         model=models.read_config(model),
         data=read_data({"channels": 1, **data}),
@@ -79,7 +81,8 @@ def build(run: Any) -> ParallelModel:
         run.parallel,
         mesh=build_mesh(layout, "cpu"),
         device=CPU,
-        dtype=torch.float64,
+        dtype=PARAMETER_DTYPES[run.train.precision],
+        autocast_dtype=torch.bfloat16 if run.train.precision == "bf16" else None,
         seed=0,
         seq_len=run.model.num_tokens,
         micro_batch_size=2,
@@ -111,7 +114,14 @@ def rendered(
     with torch.no_grad():
         for shard in model.shards():
             shard.tensor.mul_(2.0)
+    probe = {
+        "x": torch.ones(2, 1, 8, 8).double(),
+        "times": torch.ones(2).double(),
+        "labels": torch.ones(2).long(),
+    }
+    before = model.predict(probe)
     averaged = ImageGrids(run, model, ema).render()
+    assert torch.equal(model.predict(probe), before), "the parameters did not come back"
     return averaged, ImageGrids(run, model, None).render()
 
 
@@ -142,6 +152,20 @@ def test_every_layout_draws_the_same(
         assert np.abs(got.astype(int) - expected.astype(int)).max() <= 1
         assert (got != expected).mean() < 1e-3
     assert all(result == (None, None) for result in results[1:])
+
+
+def rendered_in(precision: str, parallel: dict[str, Any]) -> Pictures | None:
+    """Body of a rank: the grid of the parameters."""
+    run = run_of(parallel, train={"precision": precision})
+    return ImageGrids(run, build(run), None).render()
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp_shard2"])
+def test_bf16_draws_nearly_the_same(layout: str, distributed: Callable[..., list[Any]]) -> None:
+    (expected,) = distributed(1, rendered_in, "fp32", {})
+    grids = distributed(2, rendered_in, "bf16", LAYOUTS[layout])
+    # Eight bits of mantissa, through two steps and four blocks.
+    assert 0 < np.abs(grids[0].astype(int) - expected.astype(int)).mean() < 4
 
 
 def first_images(count: int) -> Pictures:

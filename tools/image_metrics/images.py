@@ -16,6 +16,9 @@ import numpy as np
 # What a damaged file raises, wherever in it the damage is.
 _UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
+SAMPLE_FILES = ("samples.npz", "latents.npz")
+"""What `triptych sample` calls its sets."""
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -32,6 +35,8 @@ class ImageSet:
     """(count,) int64, or None."""
     settings: dict[str, Any] | None = None
     """What the sampler wrote down beside the samples; None where it wrote nothing."""
+    left_out: int = 0
+    """Images of the source that could not be read and are not among these."""
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -42,9 +47,14 @@ class ImageSet:
                 "one label for each image is needed"
             )
 
+    def read(self) -> np.ndarray:
+        """All images at once, uint8 (count, H, W, C)."""
+        return np.concatenate(list(self.batches(1024)))
+
 
 def open_images(path: str | Path) -> ImageSet:
-    """The images at `path`: an .npz with `arr_0` (and labels in `arr_1`), or a directory of *.png.
+    """The images at `path`: an .npz with `arr_0` (and labels in `arr_1`), a directory of *.png, or one that
+    `triptych sample` wrote, whose one PNG is a grid.
 
     A JSON file of the same name beside it (`samples.json` for `samples.npz`) is taken as the sampler's
     settings.
@@ -52,7 +62,10 @@ def open_images(path: str | Path) -> ImageSet:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        return _png_images(path)
+        written = [path / name for name in SAMPLE_FILES if (path / name).is_file()]
+        if not written:
+            return _png_images(path)
+        path = written[0]
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give an .npz of samples or a directory of PNG files")
     return _npz_images(path)

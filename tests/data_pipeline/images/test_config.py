@@ -99,5 +99,7 @@ def test_what_the_model_asks_for(needs: ImageNeeds, match: str) -> None:
 def test_what_the_model_asks_for_of_buckets_and_packing() -> None:
     with pytest.raises(ValueError, match=r"model.patch_size=4 does not divide data.buckets \[4, 6\]"):
         ImageNeeds(patch_size=4).check(config("a", buckets={"sizes": [[4, 8], [4, 6]]}))
+    with pytest.raises(ValueError, match=r"data.buckets=\[4, 6\] is not model.input_size=\[4, 8\]"):
+        ImageNeeds(size=(4, 8)).check(config("a", buckets={"sizes": [[4, 8], [4, 6]]}))
     with pytest.raises(ValueError, match=r"data.packing has no text"):
         ImageNeeds(text=(4, 8)).check(config("a", packing={"max_tokens": 4, "patch_size": 1}))

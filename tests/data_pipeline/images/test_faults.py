@@ -172,7 +172,7 @@ def test_mistakes_are_errors_from_the_start(tmp_path: Path) -> None:
     ):
         ImageDataset(config(path), 0, ImageNeeds(num_classes=7))
     with pytest.raises(
-        ValueError, match=r"12 of 12 .* not in data.image_size=\[\[4, 4\]\].* with \[4, 6\]. Use"
+        ValueError, match=r"12 of 12 .* not in data.image_size=\[\[4, 4\]\].* with \[4, 6\]. To mend it, use"
     ):
         ImageDataset(config(path, augment={"crop": "none"}), 0)
     assert ImageDataset(config(path, augment={"crop": "none"}, image_size=[4, 6]), 0).num_images == 12

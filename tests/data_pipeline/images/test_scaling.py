@@ -143,7 +143,7 @@ def test_the_autoencoder_is_compared(tmp_path: Path) -> None:
         ),
         (
             {"image_size": 4},
-            r"have a size .* not in data.image_size=\[\[4, 4\]\].*with \[3, 5\]. Set data.image_size",
+            r"not in data.image_size=\[\[4, 4\]\].*with \[3, 5\]. To mend it, set data.image_size",
         ),
         (
             {"image_size": None, "buckets": {"sizes": [[3, 3], [5, 3]]}},

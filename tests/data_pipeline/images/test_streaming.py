@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -176,6 +177,22 @@ def test_no_sample_at_all_ends(tmp_path: Path) -> None:
             pytest.raises(ValueError, match="gave no sample in a pass over its shards"),
         ):
             next(loader)
+
+
+def test_nothing_but_bad_samples_ends(tmp_path: Path) -> None:
+    """Though they are fewer than may be left out, and met again in each pass."""
+    path = write_shards(tmp_path, [{"png": b"torn", "cls": b"1"}] * 3)
+    with BatchLoader(opened(path, max_bad_samples=20), 2, 2) as loader:
+        told = r"21 samples in a row could not be used, more than data.max_bad_samples=20; the first of all"
+        with pytest.raises(ValueError, match=told):
+            next(loader)
+
+
+def test_compressed_shards(tmp_path: Path) -> None:
+    path = Path(write_shards(tmp_path, [image(n) for n in range(5)])) / "part-000.tar"
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
+    with BatchLoader(opened(f"{tmp_path}/a.tar.gz", stream={"shuffle": 1}), 5, 5) as loader:
+        assert take(loader, 1) == list(range(5))
 
 
 def test_labels_out_of_range_are_a_mistake(tmp_path: Path) -> None:

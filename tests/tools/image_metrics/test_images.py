@@ -17,6 +17,7 @@ def pixels(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def read(images: ImageSet, size: int) -> np.ndarray:
+    """Batch by batch."""
     batches = list(images.batches(size))
     assert all(len(batch) == size for batch in batches[:-1])
     return np.concatenate(batches)
@@ -62,6 +63,20 @@ def test_directory_of_png(tmp_path: Path, channels: int) -> None:
     assert (found.count, found.shape, found.labels) == (5, (6, 4, channels), None)
     assert found.settings == {"sampler": "heun"}
     np.testing.assert_array_equal(read(found, 2), images)
+
+
+def test_a_directory_of_the_sampler_is_its_set_and_not_its_grid(tmp_path: Path) -> None:
+    images = pixels(3, 4, 4, 1)
+    np.savez(tmp_path / "samples.npz", images)
+    Image.fromarray(pixels(12, 4)).save(tmp_path / "samples.png")
+    (tmp_path / "samples.json").write_text('{"step": 7}')
+    found = open_images(tmp_path)
+    assert (found.count, found.settings) == (3, {"step": 7})
+    np.testing.assert_array_equal(found.read(), images)
+    (tmp_path / "samples.npz").unlink()
+    np.savez(tmp_path / "latents.npz", np.zeros((3, 4, 4, 4), np.float32))
+    with pytest.raises(ValueError, match=r"latents\.npz holds float32.*latents are decoded first"):
+        open_images(tmp_path)
 
 
 def test_png_with_a_palette_is_read_as_colours(tmp_path: Path) -> None:
