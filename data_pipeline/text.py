@@ -14,13 +14,8 @@ The hash is taken over the content, so copies of a document fall on the same sid
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from triptych.data_pipeline.building import Builder, Fingerprint, Progress
@@ -28,6 +23,7 @@ from triptych.data_pipeline.config import TextCorpusOptions
 from triptych.data_pipeline.manifest import NAME, CorpusReport, Manifest
 from triptych.data_pipeline.sources import InputFile, find_files, inputs_digest
 from triptych.data_pipeline.tokenizer import TextTokenizer
+from triptych.data_pipeline.workspace import only_builder, replacement
 
 # Options that do not change what is built.
 _INDIFFERENT = {"out", "workers", "overwrite"}
@@ -45,8 +41,7 @@ def build_text_corpus(options: TextCorpusOptions, progress: Progress | None = No
     files = find_files(options.source, options.extensions)
     report_progress("scan", len(files), len(files))
     out = Path(os.path.abspath(options.out))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _only_builder(out):
+    with only_builder(out):
         wanted = _fingerprint(options, files)
         note = None
         if (found := _existing(out, options, wanted)) is not None:
@@ -54,13 +49,8 @@ def build_text_corpus(options: TextCorpusOptions, progress: Progress | None = No
             if damage is None and _same(found, wanted):
                 return CorpusReport(options.out, True, time.monotonic() - started, found)
             note = f"replaced the corpus in {out}: {damage or 'its input files or options changed'}"
-        workspace = Path(tempfile.mkdtemp(prefix=_temporary_prefix(out), dir=out.parent))
-        try:
+        with replacement(out) as workspace:
             manifest = Builder(options, files, workspace, report_progress).build(wanted, note)
-            workspace.chmod(0o755)
-            _install(workspace, out)
-        finally:
-            shutil.rmtree(workspace, ignore_errors=True)
     return CorpusReport(options.out, False, time.monotonic() - started, manifest)
 
 
@@ -102,30 +92,3 @@ def _existing(out: Path, options: TextCorpusOptions, wanted: Fingerprint) -> Man
             "name another directory or set overwrite=true"
         )
     return found
-
-
-def _temporary_prefix(out: Path) -> str:
-    return f".{out.name}.building-"
-
-
-@contextmanager
-def _only_builder(out: Path) -> Iterator[None]:
-    """Serialises builders of one `out`; the second then finds what the first has built."""
-    lock = out.parent / f".{out.name}.lock"
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        # Whoever made these holds no lock any more: it was killed.
-        for neighbour in out.parent.iterdir():
-            if neighbour.name.startswith(_temporary_prefix(out)):
-                shutil.rmtree(neighbour, ignore_errors=True)
-        yield
-
-
-def _install(workspace: Path, out: Path) -> None:
-    if out.exists():
-        retired = workspace.with_name(workspace.name + "-old")
-        out.rename(retired)
-        workspace.rename(out)
-        shutil.rmtree(retired, ignore_errors=True)
-    else:
-        workspace.rename(out)

@@ -206,7 +206,7 @@ def _compare_sets(
 def _image_options(given: dict[str, Any], seed: int | None) -> dict[str, Any]:
     """Options of the command line as `sample_images` takes them."""
     given = {name: value for name, value in given.items() if value is not None}
-    sampler = {name: given.pop(name) for name in ("method", "steps", "eta") if name in given}
+    sampler: dict[str, Any] = {name: given.pop(name) for name in ("method", "steps", "eta") if name in given}
     guidance: dict[str, Any] = {}
     if "guidance" in given:
         guidance["scale"] = given.pop("guidance")

@@ -18,7 +18,6 @@ from triptych.models.init import fill, init_table, initialize
 from triptych.models.lm import LanguageModel
 from triptych.models.sharding import Cut, Shards
 
-
 __all__ = [
     "AnyModelConfig",
     "Cache",

@@ -16,8 +16,8 @@ class Cache:
     """Starts empty; LanguageModel.forward extends it by the tokens it is given.
 
     length: tokens seen. layers: index of the block -> tensors of its mixer, by name: attention's k and v
-    (B, S, G, D), of the window only where there is one; Mamba-2's conv_x, conv_b, conv_c (B, C, K - 1) and
-    state (B, H, P, N).
+    (B, S, G, D), of the window only where there is one; Mamba-1's conv_x and state (B, C, N); Mamba-2's
+    conv_x, conv_b, conv_c (B, C, K - 1) and state (B, H, P, N).
     """
 
     length: int = 0

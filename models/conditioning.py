@@ -26,8 +26,8 @@ SHARED_CHUNKS = 6
 
 
 def time_features(times: torch.Tensor) -> torch.Tensor:
-    """(...,) -> (..., 256): cosines and sines of the times at frequencies 10000^(-i / 128), in float32 at least
-    (arXiv 2006.11239)."""
+    """(...,) -> (..., 256): cosines and sines of the times at frequencies 10000^(-i / 128), in float32 at
+    least (arXiv 2006.11239)."""
     half = FREQUENCIES // 2
     times = times if times.dtype == torch.float64 else times.float()
     exponents = torch.arange(half, device=times.device, dtype=times.dtype) / half
@@ -101,7 +101,8 @@ class SharedModulation(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Shifts, scales and gates as functions of the conditioning; zero at first (adaLN-Zero, arXiv 2212.09748).
+    """Shifts, scales and gates as functions of the conditioning; zero at first (adaLN-Zero, arXiv
+    2212.09748).
 
     Parameters: proj, or down and up where a rank is given. In packed rows every token has those of its image;
     where T is cut over ranks, parallel/tensor.py sets shard_rank and shard_count.

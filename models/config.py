@@ -44,7 +44,7 @@ class ModelConfig(Section):
     """Which family of models."""
     size: str | None = None
     """Name of an entry of `sizes` whose keys are taken where they are not given."""
-    sizes: dict[str, dict[str, Any]] = {}
+    sizes: dict[str, dict[str, Any]] = Field(default={})
     """Sizes by name, such as XL: {num_layers: 28, hidden_size: 1152}; gone once the configuration is read."""
     hidden_size: int = Field(ge=1)
     """Channels of the residual stream."""
@@ -55,8 +55,8 @@ class ModelConfig(Section):
     mamba1, mamba2, wkv, dimsum, none; feed-forwards: swiglu, gelu, channel_mix, none; without "+", ffn.kind),
     such as [mamba2, mamba2, attention+gelu].
     Or a string, one character per block: M mamba2, m mamba1, * attention, x cross_attention, W wkv, D dimsum,
-    - a block of ffn.kind alone; "MMM*" means [mamba2, mamba2, mamba2, attention]. In a string with a "-" every
-    feed-forward is written out, so M and * carry none: "M-*-" means [mamba2+none, none+swiglu,
+    - a block of ffn.kind alone; "MMM*" means [mamba2, mamba2, mamba2, attention]. In a string with a "-"
+    every feed-forward is written out, so M and * carry none: "M-*-" means [mamba2+none, none+swiglu,
     attention+none, none+swiglu]."""
     attention: AttentionConfig = AttentionConfig()
     """Of the blocks with attention or cross-attention."""

@@ -76,8 +76,8 @@ class DiffusionModel(nn.Module):
         super().__init__()
         if config.shared_block_every and first != last:
             raise ValueError(
-                f"model.shared_block_every={config.shared_block_every} needs all its places in one stage, since "
-                "they share weights; use parallel.pp=1, or shared_block_every: 0"
+                f"model.shared_block_every={config.shared_block_every} needs all its places in one stage, "
+                "since they share weights; use parallel.pp=1, or shared_block_every: 0"
             )
         kind = config.conditioning.kind
         self.config = config
@@ -200,7 +200,7 @@ class DiffusionModel(nn.Module):
         config = self.config
         if config.position != "rope" and space != config.input_size:
             raise ValueError(
-                f"an input of size {list(space)} for a model of model.input_size={list(config.input_size)} with "
+                f"an input of size {list(space)} for model.input_size={list(config.input_size)} with "
                 f"model.position={config.position}; only position: rope serves other sizes"
             )
         if any(size % config.patch_size for size in space):
@@ -277,7 +277,7 @@ class DiffusionModel(nn.Module):
         )
         if self.first_conv is not None:
             if grid is None:
-                raise ValueError("model.local_convs=true needs whole images, not packed rows; set it to false")
+                raise ValueError("model.local_convs=true needs whole images, not packed rows; set it false")
             stream.x = self.first_conv(stream.x, grid)
         return stream
 

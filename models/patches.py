@@ -28,8 +28,8 @@ def patchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
     for axis, size in enumerate(space):
         if size % patch_size:
             raise ValueError(
-                f"an input of size {list(space)} is not divisible by model.patch_size={patch_size} along axis "
-                f"{axis}; resize or crop it, or use a patch_size that divides {size}"
+                f"an input of size {list(space)} is not divisible by model.patch_size={patch_size} "
+                f"along axis {axis}; resize or crop it, or use a patch_size that divides {size}"
             )
     for axis in range(len(space)):
         # The split of an axis into (grid, patch) leaves the axes before it as they are.
@@ -85,8 +85,8 @@ class PatchEmbedding(nn.Module):
         elif self.positions is not None:
             if grid is None or math.prod(grid) != self.positions.shape[0]:
                 raise ValueError(
-                    f"model.position=learned knows {self.positions.shape[0]} places and the input has the grid "
-                    f"{grid}; give inputs of model.input_size, or use position: rope"
+                    f"model.position=learned knows {self.positions.shape[0]} places and the input has "
+                    f"the grid {grid}; give inputs of model.input_size, or use position: rope"
                 )
             x_BTC = x_BTC + self.positions
         return x_BTC

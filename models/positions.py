@@ -14,7 +14,8 @@ import torch
 from triptych import kernels
 
 YARN_FAST, YARN_SLOW = 32.0, 1.0
-"""Turns within the trained size from which a frequency is kept whole, and up to which it is stretched whole."""
+"""Turns within the trained size from which a frequency is kept whole, and up to which it is stretched
+whole."""
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Mamba1Config(Section):
     """Rank of the projection of the time step; unset: hidden_size / 16, rounded up."""
     conv_kernel: int = Field(default=4, ge=2)
     """Taps of the causal convolution, in tokens."""
-    chunk_size: int = Field(default=64, ge=1)
+    chunk_size: int = Field(default=32, ge=1)
     """Tokens per chunk of the scan; changes speed and memory, never the result."""
     dt_min: float = Field(default=0.001, gt=0)
     """Smallest time step at initialisation."""
@@ -91,9 +91,10 @@ class FFNConfig(Section):
     """Feed-forward of the pattern items that name none."""
 
     kind: str = "swiglu"
-    """swiglu, gelu, or none: blocks without a feed-forward."""
+    """swiglu, gelu, channel_mix (RWKV's), or none: blocks without a feed-forward."""
     intermediate_size: int | None = Field(default=None, ge=1)
-    """Inner channels; unset: 8/3 * hidden_size up to a multiple of 64 (swiglu), or 4 * hidden_size (gelu)."""
+    """Inner channels; unset: 8/3 * hidden_size up to a multiple of 64 (swiglu), or 4 * hidden_size
+    (gelu, channel_mix)."""
     bias: bool = False
     """Biases in the projections."""
 
@@ -118,8 +119,8 @@ class ScanConfig(Section):
     orders: tuple[str, ...] = Field(default=("raster",), min_length=1)
     """Names of `models/scan_order.py`, such as raster, column+reverse, zigzag:3, window:4, hilbert."""
     merge: Literal["cycle", "sum"] = "cycle"
-    """cycle: layer i scans in orders[i % n]. sum: every layer scans in all of them, with one set of weights, and
-    takes the mean of the results."""
+    """cycle: layer i scans in orders[i % n]. sum: every layer scans in all of them, with one set of weights,
+    and takes the mean of the results."""
     line_ends: bool = False
     """A learned padding token stands at the end of each line of the scan, so that lines are told apart."""
 

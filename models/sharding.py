@@ -1,16 +1,18 @@
 """The words in which a module declares how its parameters may be cut over the tensor-parallel axis.
 
 A module that owns parameters may carry an attribute `sharding: dict[str, Cut]`: the name of an own or a
-dotted child parameter -> how it is cut. What stands in no table is replicated. Two marks go with the table:
+dotted child parameter -> how it is cut. What stands in no table is replicated. Marks go with the table:
 
 - `tp_region = True`: the module is a unit around which collectives stand. Its input is the whole sequence;
   mixers, feed-forwards and the embedding return a partial sum over the axis. A parameter inside a region
   that is not cut has a partial gradient on each rank.
 - `self.shards`: the module's mathematics crosses shards; `parallel/tensor.py` puts in the real `Shards`.
+- `sums_inside = True`: likewise, with sums over the axis amid the region (as in Mamba-1).
 
 Outside the regions, under sequence parallelism, the stream between blocks is cut along T. A module there that
-needs more than one token at a time, or stands at an end of the stream, carries `sequence`: "whole", its inputs
-are gathered in front and its output cut behind; "enter", its output is cut; "leave", its output is gathered.
+needs more than one token at a time, or stands at an end of the stream, carries `sequence`: "whole", its
+inputs are gathered in front and its output cut behind; "enter", its output is cut; "leave", its output is
+gathered.
 
 Modules infer their local numbers of heads, groups, channels and rows from their parameters' shapes, so
 one with cut weights needs to be told nothing else.

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from triptych import models
 from triptych.models.config import LanguageConfig, ModelConfig
+from triptych.models.diffusion_config import DiffusionConfig
 from triptych.models.sharding import Cut
 from triptych.parallel.config import AXES, ParallelConfig
 
@@ -108,13 +109,13 @@ class Layout:
                 f"parallel.pp={pp} exceeds model.num_layers={model.num_layers}: a stage would have no block; "
                 f"use at most {model.num_layers}"
             )
-        if pp > 1 and getattr(model, "shared_block_every", 0):
+        if pp > 1 and isinstance(model, DiffusionConfig) and model.shared_block_every:
             raise ValueError(
                 f"parallel.pp={pp} with model.shared_block_every={model.shared_block_every}: places of one "
                 "block in several stages would share its weights, which is not built; use parallel.pp=1 or "
                 "model.shared_block_every=0"
             )
-        if pp > 1 and getattr(model, "tie_embeddings", False):
+        if pp > 1 and isinstance(model, LanguageConfig) and model.tie_embeddings:
             raise ValueError(
                 f"parallel.pp={pp} with model.tie_embeddings=true: the first and the last stage would share "
                 "a weight, which is not built; use parallel.pp=1 or model.tie_embeddings=false"

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from triptych.models import Model, ModelConfig
@@ -98,8 +97,8 @@ class Pipeline:
         return self.stage_index == self.num_stages - 1
 
     def run(self, micro_batches: list[MicroBatch], loss_fn: LossFunction, *, backward: bool) -> torch.Tensor:
-        """Forward, and backward if asked for, of all micro-batches, which are alike in shape. The sum of their
-        losses in the last stage, detached; elsewhere 0."""
+        """Forward, and backward if asked for, of all micro-batches, which are alike in shape. The sum of
+        their losses in the last stage, detached; elsewhere 0."""
         schedule = self._schedule(micro_batches, backward)
         self._loss_fn = loss_fn
         self._targets = [batch["targets"] for batch in micro_batches]

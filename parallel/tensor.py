@@ -178,10 +178,11 @@ def _tell_shards(module: nn.Module, axis: Axis, sequence_parallel: bool) -> None
     elif isinstance(module, GatedRMSNorm) and axis.size > module.num_groups:
         module.shards = _AxisShards(axis, start=axis.rank // (axis.size // module.num_groups))
     elif getattr(module, "sums_inside", False):
-        module.shards = _AxisShards(axis, start=axis.rank)
-    elif isinstance(module, Dropout) and (module.cut == "heads" or sequence_parallel):
-        module.shard_rank, module.shard_count = axis.rank, axis.size
-    elif isinstance(module, Modulation) and sequence_parallel:
+        summing: Any = module
+        summing.shards = _AxisShards(axis, start=axis.rank)
+    elif (isinstance(module, Dropout) and module.cut == "heads") or (
+        isinstance(module, Dropout | Modulation) and sequence_parallel
+    ):
         module.shard_rank, module.shard_count = axis.rank, axis.size
 
 

@@ -28,9 +28,12 @@ GRID = ("data.image_size=8",)
 """16 tokens."""
 PACKED = ("data.packing={max_tokens: 24, max_images: 3, patch_size: 2, max_image_tokens: 16}",)
 SCAN = ("model.mamba1.state_size=4", "model.mamba1.chunk_size=8")
+DEMO = (*GRID, "data.channels=1", "train.schedule.warmup=2", "train.eval_every=0", "log.images=null")
 
 BACKBONES: dict[str, Sequence[str]] = {
-    "demo": (*GRID, "model.patch_size=2", "data.channels=1", "train.schedule.warmup=2", "train.eval_every=0"),
+    "demo": DEMO,
+    "demo-hybrid": (*DEMO, "model.mamba2.head_dim=12", "model.mamba2.state_size=4"),
+    "demo-mamba": (*DEMO, *SCAN),
     "dit": GRID,
     "sit": GRID,
     "dit-text": (*GRID, "model.conditioning.text_size=6", "model.conditioning.text_length=3"),
@@ -43,8 +46,6 @@ BACKBONES: dict[str, Sequence[str]] = {
     "hybrid": (*GRID, "model.mamba2.head_dim=12", "model.mamba2.state_size=4", "model.mamba2.chunk_size=8"),
 }
 """Name of a file of configs/diffusion -> what is laid over it besides."""
-
-PATTERNS_OF_DIMSUM_WITH_ATTENTION = ("model.pattern=[dimsum+swiglu, attention, attention, dimsum+swiglu]",)
 
 
 def shrunk(name: str, *overrides: str) -> RunConfig:

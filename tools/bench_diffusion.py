@@ -1,9 +1,9 @@
 """A denoiser's training step in one run: `triptych bench diffusion`.
 
 Ours beside the published formulation in plain PyTorch (`bench_dit.py`), and ours with TREAD beside ours
-without, fp32 on the CPU. What is compared runs in processes of its own (`bench_diffusion_sides.py`), which take
-turns step by step, so that whatever else the machine does falls on all of them alike. Prediction and gradients
-are held against the published formulation before any ratio is reported.
+without, fp32 on the CPU. What is compared runs in processes of its own (`bench_diffusion_sides.py`), which
+take turns step by step, so that whatever else the machine does falls on all of them alike. Prediction and
+gradients are held against the published formulation before any ratio is reported.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ def bench_diffusion(
 
     threads: of each process; None takes all cores of this machine.
     quick: tiny shapes, one repeat: shows that it works, says nothing about speed.
-    Raises RuntimeError when ours and the published formulation do not compute the same numbers; ValueError for
-    repeats or threads below 1.
+    Raises RuntimeError when ours and the published formulation do not compute the same numbers; ValueError
+    for repeats or threads below 1.
     """
     check_options(repeats, threads)
     threads = threads or os.cpu_count() or 1

@@ -1,8 +1,9 @@
 """One side of a comparison of `triptych bench diffusion`, in its own process.
 
-`python -m triptych.tools.bench_diffusion_sides '{"side": "ours", ...}'` builds, warms up and prints a line; then
-each line that it reads makes one timed step, whose seconds it prints, so that sides can take turns. When its
-input ends it compares what it computes with `bench_dit.DiT` of the same weights, and prints one line of JSON:
+`python -m triptych.tools.bench_diffusion_sides '{"side": "ours", ...}'` builds, warms up and prints a line;
+then each line that it reads makes one timed step, whose seconds it prints, so that sides can take turns. When
+its input ends it compares what it computes with `bench_dit.DiT` of the same weights, and prints one line of
+JSON:
 {"peak_bytes": ..., "difference": ..., "versions": {...}}.
 
 Shape legend: B batch, T tokens, K tokens kept.

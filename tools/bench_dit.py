@@ -1,9 +1,10 @@
-"""DiT as published (arXiv 2212.09748), in plain PyTorch: what `triptych bench diffusion` measures ours against.
+"""DiT as published (arXiv 2212.09748), in plain PyTorch: what `triptych bench diffusion` measures ours
+against.
 
 The block is written as the paper's code writes it: LayerNorm without affine, `x * (1 + scale) + shift`,
-`x + gate * f`, around timm's Attention (one fused linear for q, k and v, scaled_dot_product_attention) and Mlp
-(tanh GELU). timm's own classes are taken where timm can be imported; it needs torchvision, and where that is
-missing the same two are written out here, with timm's names of parameters.
+`x + gate * f`, around timm's Attention (one fused linear for q, k and v, scaled_dot_product_attention) and
+Mlp (tanh GELU). timm's own classes are taken where timm can be imported; it needs torchvision, and where that
+is missing the same two are written out here, with timm's names of parameters.
 
 Shape legend: B batch, T tokens, C hidden size, H heads, D head dim, K tokens kept.
 """
@@ -148,11 +149,14 @@ class DiT(nn.Module):
 
 
 def position_table(side: int, size: int) -> Tensor:
-    """(1, T, C): sines and cosines of the column in the first half of the channels, of the row in the other."""
+    """(1, T, C): sines and cosines of the column in the first half of the channels, of the row in the
+    other."""
     omega = 10000.0 ** (-torch.arange(size // 4, dtype=torch.float64) / (size // 4))
     row, column = torch.meshgrid(*(torch.arange(side, dtype=torch.float64),) * 2, indexing="ij")
     angles = [place.reshape(-1, 1) * omega for place in (column, row)]
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float().unsqueeze(0)
+    return (
+        torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float().unsqueeze(0)
+    )
 
 
 def time_features(times: Tensor) -> Tensor:
@@ -169,7 +173,11 @@ def as_published(config: DiffusionConfig, ours: Mapping[str, Tensor]) -> dict[st
 
     def head(value: Tensor) -> Tensor:
         # A patch's values are channel-major here, channel-last there.
-        return value.unflatten(0, (channels, patch, patch)).permute(1, 2, 0, *range(3, value.ndim + 2)).flatten(0, 2)
+        return (
+            value.unflatten(0, (channels, patch, patch))
+            .permute(1, 2, 0, *range(3, value.ndim + 2))
+            .flatten(0, 2)
+        )
 
     pairs = {
         "t_embedder.0": "time_embedding.up",

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from triptych.tools.bench_weights import load_into_transformers, unfuse
 
 if TYPE_CHECKING:
-    from triptych.models import LanguageModel, LanguageConfig
+    from triptych.models import LanguageConfig, LanguageModel
 
 WARM_UP = 2
 
@@ -116,9 +116,9 @@ def model_config(shape: dict[str, Any]) -> LanguageConfig:
 
 def our_model(shape: dict[str, Any]) -> LanguageModel:
     """Our model with weights from seed 0; both sides start from these."""
-    from triptych.models import build, initialize
+    from triptych.models import LanguageModel, initialize
 
-    model = build(model_config(shape))
+    model = LanguageModel(model_config(shape))
     initialize(model, seed=0)
     return model
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from triptych.models import LanguageModel, LanguageConfig
+from triptych.models import DiffusionConfig, LanguageConfig, Model, build
 from triptych.parallel.collectives import Axis
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.recompute import apply_recompute
@@ -33,7 +34,7 @@ from triptych.tools.kept import Kept, kept_by_backward
 class StageSpec:
     """What to build, and what to run through it."""
 
-    model: LanguageConfig
+    model: LanguageConfig | DiffusionConfig
     parallel: ParallelConfig
     """Only tp, sequence_parallel and recompute matter: data parallelism keeps the same, and a pipeline's
     stages are counted one by one."""
@@ -73,10 +74,10 @@ def count_stage_on(spec: StageSpec, axis: Axis) -> StageCount:
     return StageCount(kept, [tuple(local_part(parameter).shape) for parameter in model.parameters()])
 
 
-def build_stage(spec: StageSpec, axis: Axis) -> LanguageModel:
+def build_stage(spec: StageSpec, axis: Axis) -> Model:
     """The stage, cut and wrapped in the order of parallel/parallelize.py."""
     with default_dtype(spec.dtype):
-        model = LanguageModel(spec.model, spec.layers, first=spec.first, last=spec.last)
+        model = build(spec.model, spec.layers, first=spec.first, last=spec.last)
     apply_tensor_parallel(
         model,
         axis,
@@ -87,18 +88,40 @@ def build_stage(spec: StageSpec, axis: Axis) -> LanguageModel:
     return model
 
 
-def stage_forward(spec: StageSpec, model: LanguageModel) -> Tensor:
+def stage_forward(spec: StageSpec, model: Model) -> Any:
     """Forward of one micro-batch made here; the values mean nothing."""
-    size_b, size_t = spec.batch, spec.seq_len
-    tokens = torch.zeros(size_b, size_t, dtype=torch.int64)
-    x = tokens
+    batch = example_batch(spec)
+    inputs = [batch[model.main_input]]
     if not spec.first:
         shards = spec.parallel.tp if spec.parallel.sequence_parallel else 1
-        x = torch.zeros(size_b, size_t // shards, spec.model.hidden_size, dtype=spec.dtype).requires_grad_()
-    keys = torch.zeros(size_b, dtype=torch.int64)
+        config: Any = spec.model
+        shapes = model.between(config, batch, spec.layers.start, shards)
+        inputs = [torch.zeros(shape, dtype=spec.dtype).requires_grad_() for shape in shapes]
+    keywords = model.keywords(batch)
+    if spec.last and model.targets_inside:
+        keywords["targets"] = batch["targets"]
     cast = torch.autocast("cpu", spec.autocast) if spec.autocast is not None else nullcontext()
     with cast:
-        return model(x, sample_keys=keys, targets=tokens if spec.last else None)
+        return model(*inputs, **keywords)
+
+
+def example_batch(spec: StageSpec) -> dict[str, Tensor]:
+    """A micro-batch of zeros. A row of packed images counts as one image of as many tokens."""
+    size_b, model = spec.batch, spec.model
+    batch = {"sample_keys": torch.zeros(size_b, dtype=torch.int64)}
+    if isinstance(model, LanguageConfig):
+        batch["tokens"] = batch["targets"] = torch.zeros(size_b, spec.seq_len, dtype=torch.int64)
+        return batch
+    fits = spec.seq_len == model.num_tokens
+    space = model.input_size if fits else (model.patch_size, model.patch_size * spec.seq_len)
+    batch["x"] = torch.zeros(size_b, model.in_channels, *space, dtype=spec.dtype)
+    batch["times"] = torch.zeros(size_b, dtype=spec.dtype)
+    told = model.conditioning
+    if told.kind == "class":
+        batch["labels"] = torch.zeros(size_b, dtype=torch.int64)
+    if told.kind == "text":
+        batch["text"] = torch.zeros(size_b, told.text_length, told.text_size, dtype=spec.dtype)
+    return batch
 
 
 @contextmanager

@@ -150,7 +150,8 @@ class Description:
                 ]
             )
         rows += [
-            [part.name, "", f"{part.parameters:,}", "", count_text(part.flops_per_token)] for part in self.parts
+            [part.name, "", f"{part.parameters:,}", "", count_text(part.flops_per_token)]
+            for part in self.parts
         ]
         rows.append([
             "all", "", f"{self.parameters:,}", f"{self.active_parameters:,}",
@@ -161,8 +162,8 @@ class Description:
             ["part", "layers", "parameters", "of these active", "forward FLOPs per token"],
             rows,
             caption=f"Forward takes {count_text(self.forward_flops_per_sample)}FLOPs per sample, twice its "
-            f"multiply-adds. Training takes {count_text(self.train_flops_per_token)}FLOPs per token (forward and "
-            f"backward), {count_text(self.train_flops)}FLOPs in all.",
+            f"multiply-adds. Training takes {count_text(self.train_flops_per_token)}FLOPs per token "
+            f"(forward and backward), {count_text(self.train_flops)}FLOPs in all.",
         )
 
     def _batch_table(self) -> RenderableType:
@@ -256,7 +257,9 @@ def describe(run: RunSections) -> Description:
         parameters=parameters["total"],
         active_parameters=parameters["active"],
         parts=[
-            PartRow(name, size, flops["parts"].get(name, 0.0)) for name, size in parameters["parts"].items()
+            PartRow(name, size, flops["parts"].get(name, 0.0))
+            for name, size in parameters["parts"].items()
+            if size or flops["parts"].get(name)
         ],
         blocks=block_rows(parameters["per_block"], flops["per_kind"]),
         forward_flops_per_token=flops["total"],

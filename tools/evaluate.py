@@ -115,7 +115,9 @@ def evaluate(
 
 
 @torch.no_grad()
-def cross_entropy(trained: TrainedLanguageModel, validation: SequentialDataset, batch_size: int) -> tuple[float, int]:
+def cross_entropy(
+    trained: TrainedLanguageModel, validation: SequentialDataset, batch_size: int
+) -> tuple[float, int]:
     """Sum of the cross-entropy in nats over all targets, accumulated in float64, and their number."""
     total, targets = 0.0, 0
     for first in range(0, len(validation), batch_size):

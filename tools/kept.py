@@ -92,7 +92,7 @@ class _Recorder(TorchDispatchMode):
         (self.weights.add if of_weights else self.weights.discard)(key)
 
 
-def kept_by_backward(model: nn.Module, forward: Callable[[], Tensor]) -> list[Kept]:
+def kept_by_backward(model: nn.Module, forward: Callable[[], Tensor | tuple[Tensor, ...]]) -> list[Kept]:
     """Storages that stay alive for backward after `forward()`, which must make its own inputs.
 
     forward's result itself counts only if the graph holds it; an input that requires a gradient is held until
@@ -103,16 +103,22 @@ def kept_by_backward(model: nn.Module, forward: Callable[[], Tensor]) -> list[Ke
     handles = _track_modules(model, recorder.modules)
     try:
         with recorder:
-            root = forward().grad_fn
+            roots = _roots(forward())
     finally:
         for handle in handles:
             handle.remove()
-    assert root is not None, "the result of forward must depend on a parameter or on an input with gradient"
+    assert roots, "the result of forward must depend on a parameter or on an input with gradient"
     gc.collect()
     alive = [made.kept for made in recorder.made.values() if not made.reference.expired()]
     # The graph must outlive the count.
-    del root
+    del roots
     return alive
+
+
+def _roots(result: Tensor | tuple[Tensor, ...]) -> list[Any]:
+    """The ends of the graph; a stage may give several tensors."""
+    tensors = result if isinstance(result, tuple) else (result,)
+    return [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
 
 
 def total_bytes(kept: Iterable[Kept], *, weights: bool = False) -> int:

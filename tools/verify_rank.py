@@ -116,9 +116,7 @@ def disturb_zeros(model: ParallelModel, seed: int) -> None:
             fill(shard.tensor, noise, seed, f"verify {shard.name}", shard.offset, shard.global_shape)
 
 
-def forward_backward(
-    model: ParallelModel, objective: Objective, batches: list[Batch], dp_rank: int
-) -> float:
+def forward_backward(model: ParallelModel, objective: Objective, batches: list[Batch], dp_rank: int) -> float:
     """Gradients of the mean loss over the global batch, summed over ranks; returns that loss."""
     count = global_count(model, objective, batches)
     function = MicroBatchLoss(objective, max(count, 1.0), torch.device("cpu"))

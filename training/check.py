@@ -7,6 +7,7 @@ from triptych.models.registry import MIXERS
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.layout import Layout
 from triptych.training.data import check_data
+from triptych.training.image_grids import check_grids
 from triptych.training.objectives import build_objective
 from triptych.training.sections import RunSections, lengths, tokens_per_sample
 
@@ -19,6 +20,8 @@ def check(run: RunSections) -> None:
             if value is not None:
                 raise ValueError(f"{key} is for denoisers, and model.family={run.model.family}; remove it")
     build_objective(run)
+    if run.log.images is not None:
+        check_grids(run)
     check_layout(run, run.parallel, run.train.micro_batch_size)
     if run.train.eval_every and not run.data.valid:
         raise ValueError(

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from triptych.models.diffusion_config import DiffusionConfig
 from triptych.parallel.model import ParallelModel
-from triptych.training.conditions import conditions
+from triptych.training.conditions import Conditions, conditions
 from triptych.training.decoding import LatentDecoder, latent_decoder, shows_pixels
 from triptych.training.ema import EMA
+from triptych.training.objectives.protocol import Batch
 from triptych.training.pictures import Pictures, grid, latents_to_uint8, to_uint8, write_png
 from triptych.training.sampling import Denoiser, SamplerConfig, draw, sample_keys
+from triptych.training.sampling.draw import check_sampler
 
 if TYPE_CHECKING:
     # training.config holds ImageGridConfig, so at run time the arrow is the other one.
@@ -66,20 +68,12 @@ class ImageGrids:
     def __init__(self, run: RunSections, model: ParallelModel, ema: EMA | None) -> None:
         config = run.log.images
         assert config is not None, "a run without log.images has no grids"
-        if not isinstance(run.model, DiffusionConfig):
-            raise ValueError(
-                f"log.images draws with a denoiser, and model.family={run.model.family}; set log.images=null"
-            )
-        if len(run.model.input_size) != 2:
-            raise ValueError(
-                f"log.images shows images, and model.input_size={list(run.model.input_size)} has "
-                f"{len(run.model.input_size)} dimension(s); set log.images=null"
-            )
+        self.conditions = check_grids(run)
+        assert isinstance(run.model, DiffusionConfig), "refused by check_grids"
         self.config = config
         self.model = model
         self.ema = ema
         self.shape = (run.model.in_channels, *run.model.input_size)
-        self.conditions = conditions(run.model.conditioning, texts=config.texts)
         self.denoiser = Denoiser(
             run.train.objective,
             run.model,
@@ -134,6 +128,30 @@ class ImageGrids:
             return images
         log.warning("%d of %d images of the grid are not finite", int(bad.sum()), len(images))
         return torch.where(bad.reshape(-1, 1, 1, 1), torch.zeros_like(images), images)
+
+
+def check_grids(run: RunSections) -> Conditions:
+    """What the images of log.images are drawn for. Raises ValueError for what log.images gets wrong."""
+    config, model = run.log.images, run.model
+    assert config is not None, "a run without log.images has no grids"
+    if not isinstance(model, DiffusionConfig):
+        raise ValueError(
+            f"log.images draws with a denoiser, and model.family={model.family}; set log.images=null"
+        )
+    if len(model.input_size) != 2:
+        raise ValueError(
+            f"log.images shows images, and model.input_size={list(model.input_size)} has "
+            f"{len(model.input_size)} dimension(s); set log.images=null"
+        )
+    try:
+        check_sampler(config.sampler, Denoiser(run.train.objective, model, _never))
+        return conditions(model.conditioning, texts=config.texts)
+    except ValueError as error:
+        raise ValueError(f"log.images: {error}; or set log.images=null") from error
+
+
+def _never(batch: Batch) -> Tensor:
+    raise AssertionError("a sampler is checked without drawing")
 
 
 def save_grid(picture: Pictures, run_dir: Path, step: int) -> None:

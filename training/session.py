@@ -170,9 +170,7 @@ class Session:
         """This rank's micro-batches of step `step`, on its device."""
         self.profiler.begin(step)
         with self.stopwatch.phase("data"):
-            return prepare(
-                self.objective, to_device(next(self.loader), self.device), step, training=True
-            )
+            return prepare(self.objective, to_device(next(self.loader), self.device), step, training=True)
 
     def forward_backward(self, batch: list[Batch]) -> Sums:
         """Gradients of the mean loss over the global batch, and its value."""
@@ -268,7 +266,7 @@ class Session:
         if self.ema is not None and not averaged:
             self.ema.restart()
             if self.group.rank == 0:
-                log.warning("%s has no averages (train.ema is new); they start from its parameters", directory)
+                log.warning("%s has no averages (train.ema); they start from its parameters", directory)
         self.load_state_dict(state)
         if self.group.rank == 0:
             log.info("resumed step %d from %s", self.step, directory)

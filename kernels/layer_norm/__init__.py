@@ -39,10 +39,10 @@ def modulated_layer_norm(
 ) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * (1 + scale) + shift over the last dim (adaLN, arXiv 2212.09748).
 
-    x: (B, T, C). shift, scale: of one shape and dtype, each dim of it 1 or x's, and C the last: (B, 1, C) for one
-    modulation per row, (B, T, C) for one per token. Computed in fp32 (fp64 for fp64 inputs); the result has x's
-    dtype. Saved for backward: x, scale and two numbers per token; the normed x is computed again. Raises
-    ValueError for shapes that do not match.
+    x: (B, T, C). shift, scale: of one shape and dtype, each dim of it 1 or x's, and C the last: (B, 1, C) for
+    one modulation per row, (B, T, C) for one per token. Computed in fp32 (fp64 for fp64 inputs); the result
+    has x's dtype. Saved for backward: x, scale and two numbers per token; the normed x is computed again.
+    Raises ValueError for shapes that do not match.
     """
     if (shift.shape, shift.dtype) != (scale.shape, scale.dtype):
         raise ValueError(

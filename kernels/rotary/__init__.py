@@ -25,7 +25,8 @@ def rotary(
     x: (B, T, H, D), D even. positions: integer, (T,) or (B, T). frequencies: (D/2,), radians per position, in
     place of theta's. The pairing is the "rotate half" one of Llama
     and transformers, not the interleaved one of the paper. Computed in fp32 (fp64 for fp64); returns x's
-    shape and dtype. Saves the positions only (and the frequencies, if given). Raises ValueError for shapes that do not match.
+    shape and dtype. Saves the positions only (and the frequencies, if given). Raises ValueError for shapes
+    that do not match.
     """
     if x.dim() != 4 or x.shape[-1] % 2:
         raise ValueError(f"rotary: x must be (B, T, H, D) with an even D, it is {tuple(x.shape)}")

@@ -21,8 +21,8 @@ from triptych.models.sharding import COLUMN, ROW, ROW_BIAS, Cut
 class GELU(nn.Module):
     """down_proj(gelu(up_proj(x))).
 
-    selective recomputation drops nothing in language models, as in arXiv 2205.05198. In denoisers it keeps the
-    output of up_proj and computes that of the activation again.
+    selective recomputation drops nothing in language models, as in arXiv 2205.05198. In denoisers it keeps
+    the output of up_proj and computes that of the activation again.
     """
 
     tp_region = True

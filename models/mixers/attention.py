@@ -26,7 +26,8 @@ from triptych.models.sharding import COLUMN, ROW, ROW_BIAS, Cut
 
 @register_mixer("attention", char="*")
 class Attention(nn.Module):
-    """softmax(q kᵀ / sqrt(D)) v, causal in language models; G key-value heads serve H / G query heads each (arXiv 2305.13245).
+    """softmax(q kᵀ / sqrt(D)) v, causal in language models; G key-value heads serve H / G query heads each
+    (arXiv 2305.13245).
 
     selective recomputation keeps the outputs of q_proj, k_proj and v_proj and the input of o_proj. It drops,
     and computes again in backward, query-key norm, rotation, scores, softmax, dropout and context.

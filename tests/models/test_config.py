@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.models.common import small_config
-from triptych.models.config import LayerSpec, LanguageConfig
+from triptych.models.config import LanguageConfig, LayerSpec
 from triptych.models.registry import register_ffn, register_mixer
 
 

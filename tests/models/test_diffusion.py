@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.denoisers import build_denoiser, denoiser_config, image_batch, largest_difference, packed_batch
+from tests.models.denoisers import (
+    build_denoiser,
+    denoiser_config,
+    image_batch,
+    largest_difference,
+    packed_batch,
+)
 from tests.models.plain_dit import PlainDiT, translated
 from triptych import models
 from triptych.models.diffusion import DiffusionModel, names_between

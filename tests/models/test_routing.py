@@ -8,7 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.models.denoisers import build_denoiser, denoiser_config, image_batch, largest_difference, packed_batch
+from tests.models.denoisers import (
+    build_denoiser,
+    denoiser_config,
+    image_batch,
+    largest_difference,
+    packed_batch,
+)
 from triptych.models.context import Context
 from triptych.models.diffusion import DiffusionModel
 from triptych.models.patches import patchify, unpatchify
