@@ -6,6 +6,7 @@ Shape legend: B batch, T length, C hidden size, P values of a patch, channel-maj
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from triptych.models.diffusion_config import DiffusionConfig
 from triptych.models.init import ZEROS, Init, Normal, Xavier
 from triptych.models.linear import Linear, unset
 from triptych.models.norms import build_norm
-from triptych.models.positions import sincos, sincos_table
+from triptych.models.positions import grid_positions, sincos
 
 
 def patchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -62,6 +63,7 @@ class PatchEmbedding(nn.Module):
         self.std = config.init_std
         learned = config.position == "learned"
         self.positions = unset(config.num_tokens, config.hidden_size) if learned else None
+        self._tables: dict[Any, torch.Tensor] = {}
 
     def init(self) -> dict[str, Init]:
         table: dict[str, Init] = {"proj.weight": Xavier(*self.proj.weight.shape), "proj.bias": ZEROS}
@@ -79,7 +81,7 @@ class PatchEmbedding(nn.Module):
         x_BTC = self.proj(tokens_BTP.to(dtype)).to(dtype)
         channels = x_BTC.shape[-1]
         if self.position == "sincos" and grid is not None:
-            x_BTC = x_BTC + sincos_table(grid, channels, x_BTC.device, x_BTC.dtype)
+            x_BTC = x_BTC + self._table(grid, x_BTC)
         elif self.position == "sincos":
             x_BTC = x_BTC + sincos(positions_BTA, channels).to(x_BTC.dtype)
         elif self.positions is not None:
@@ -90,6 +92,18 @@ class PatchEmbedding(nn.Module):
                 )
             x_BTC = x_BTC + self.positions
         return x_BTC
+
+
+    def _table(self, grid: tuple[int, ...], x_BTC: torch.Tensor) -> torch.Tensor:
+        """(1, T, C): `sincos` of a whole grid, made once.
+
+        Kept by this module and not for the process, which may also run models on fake tensors.
+        """
+        key = (grid, x_BTC.device, x_BTC.dtype)
+        if key not in self._tables:
+            places = grid_positions(grid, x_BTC.device)
+            self._tables[key] = sincos(places, x_BTC.shape[-1]).to(x_BTC.dtype)
+        return self._tables[key]
 
 
 class LocalConv(nn.Module):

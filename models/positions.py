@@ -5,7 +5,6 @@ Shape legend: B batch, T length, H heads, D channels per head, C hidden size, A 
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -87,11 +86,3 @@ def sincos(positions_BTA: torch.Tensor, channels: int) -> torch.Tensor:
     exponents = torch.arange(half, device=positions_BTA.device, dtype=torch.float64) / -half
     angles = positions_BTA.flip(-1).double().unsqueeze(-1) * 10000.0**exponents
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
-
-
-@functools.lru_cache(maxsize=16)
-def sincos_table(
-    grid: tuple[int, ...], channels: int, device: torch.device, dtype: torch.dtype
-) -> torch.Tensor:
-    """(1, T, C): `sincos` of a whole grid."""
-    return sincos(grid_positions(grid, device), channels).to(dtype)

@@ -23,6 +23,7 @@ SHRUNK = (
     "train.micro_batch_size=4",
     "train.optimizer.lr=1.0e-3",
     "train.precision=fp32",
+    "cluster.threads_per_worker=1",
 )
 GRID = ("data.image_size=8",)
 """16 tokens."""

@@ -90,8 +90,8 @@ def sizes_of(file: Path) -> list[str]:
     [
         ("zigma", "hidden_size", {"B": 768}),
         ("zigma", "num_layers", {"B": 24}),
-        ("dim", "hidden_size", {"L": 1024, "H": 1536}),
-        ("dim", "num_layers", {"L": 49, "H": 49}),
+        ("dim", "hidden_size", {"L": 1024, "XL": 1536}),
+        ("dim", "num_layers", {"L": 49, "XL": 49}),
         ("fitv2", "num_layers", {"XL": 36, "3B": 40}),
     ],
 )
@@ -171,14 +171,13 @@ def test_it_trains_resumes_and_samples(
     words = ["sample", str(run_dir), "--num", "3", "--steps", "2", "--json"]
     words += ["--texts", data["texts"]] if name == "dit-text" else ["--labels", "1,2"]
     assert execute([*words, "--out", str(tmp_path / "out")]) == 0
-    files = json.loads(capsys.readouterr().out.splitlines()[-1])["files"]
-    drawn = np.load(files["samples"])["arr_0"]
+    drawn = np.load(json.loads(capsys.readouterr().out)["files"]["samples"])["arr_0"]
     assert drawn.shape == ((3, 8, 8, 1) if name.startswith("demo") else (3, 4, 8, 8))
     assert len({picture.tobytes() for picture in drawn}) == 3
     if name.startswith("fit"):
         assert execute([*words, "--size", "12x4", "--out", str(tmp_path / "wide")]) == 0
-        files = json.loads(capsys.readouterr().out.splitlines()[-1])["files"]
-        assert np.load(files["samples"])["arr_0"].shape == (3, 4, 12, 4)
+        wide = np.load(json.loads(capsys.readouterr().out)["files"]["samples"])["arr_0"]
+        assert wide.shape == (3, 4, 12, 4)
 
 
 @pytest.mark.parametrize("name", ["fit", "hybrid"])

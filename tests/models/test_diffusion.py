@@ -280,7 +280,7 @@ def test_rope_serves_other_sizes_and_others_refuse_them() -> None:
     assert run(build_denoiser(config), image_batch(config, space=(6, 10))).shape == (2, 3, 6, 10)
     for position in ("sincos", "learned", "none"):
         fixed = denoiser_config(position=position)
-        words = rf"size \[6, 10\] for a model of model.input_size=\[8, 4\] with model.position={position}"
+        words = rf"size \[6, 10\] for model.input_size=\[8, 4\] with model.position={position}"
         with pytest.raises(ValueError, match=words):
             run(build_denoiser(fixed), image_batch(fixed, space=(6, 10)))
 

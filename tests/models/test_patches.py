@@ -7,8 +7,11 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.denoisers import build_denoiser, denoiser_config
+from tests.models.plain_dit import position_table
 from triptych import models
 from triptych.models.context import Context
 from triptych.models.patches import LocalConv, PatchEmbedding, patchify, unpatchify
@@ -72,8 +75,20 @@ def test_learned_positions_are_added_and_belong_to_one_size() -> None:
         embedding(tokens[:, :4], (2, 2), torch.zeros(1, 4, 2))
 
 
-def test_the_tables_scale_follows_autocast_dtype() -> None:
-    """Under bfloat16 matmuls the tokens stay in the dtype of the parameters."""
+def test_the_table_of_sines_is_each_modules_own() -> None:
+    """`describe` runs models on fake tensors; what it leaves behind must not reach a model that computes."""
+    config = denoiser_config()
+    tokens = torch.randn(1, 8, 12)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        models.build(config).patch_embedding(torch.zeros(1, 8, 12), (4, 2), torch.zeros(1, 8, 2))
+    embedding = build_denoiser(config, dtype=torch.float32).patch_embedding
+    twice = [embedding(tokens, (4, 2), torch.zeros(1, 8, 2)) for _ in range(2)]
+    expected = tokens @ embedding.proj.weight.T + embedding.proj.bias + position_table((4, 2), 24).float()
+    assert torch.equal(*twice)
+    torch.testing.assert_close(twice[0], expected, rtol=0, atol=1e-6)
+
+
+def test_tokens_stay_in_the_parameters_dtype_under_autocast() -> None:
     config = denoiser_config()
     embedding = build_denoiser(config, dtype=torch.float32).patch_embedding
     with torch.autocast("cpu", torch.bfloat16):
@@ -109,8 +124,6 @@ def test_the_head_is_norm_modulation_linear() -> None:
 
 @pytest.mark.parametrize("part", ["patch_embedding", "head", "first_conv"])
 def test_flops_are_counted_as_torch_counts_them(part: str) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
     config = denoiser_config(local_convs=True)
     model = build_denoiser(config)
     module = getattr(model, part)

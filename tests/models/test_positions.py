@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.models.plain_dit import position_table
-from triptych.models.positions import axial_rope, grid_positions, rotate, sincos, sincos_table
+from triptych.models.positions import axial_rope, grid_positions, rotate, sincos
 
 CPU = torch.device("cpu")
 THETA = 10000.0
@@ -123,17 +123,14 @@ def test_axes_are_scaled_apart() -> None:
 
 
 def test_the_table_of_sines_is_the_papers() -> None:
-    expected = position_table((3, 4), 16)
-    torch.testing.assert_close(sincos_table((3, 4), 16, CPU, torch.float64), expected, rtol=0, atol=1e-12)
-    assert sincos_table((3, 4), 16, CPU, torch.bfloat16).dtype == torch.bfloat16
-    positions = grid_positions((3, 4), CPU)
-    torch.testing.assert_close(sincos(positions, 16), expected, rtol=0, atol=1e-12)
+    found = sincos(grid_positions((3, 4), CPU), 16)
+    torch.testing.assert_close(found, position_table((3, 4), 16), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("axes", [1, 3])
 def test_tables_of_one_and_three_axes_tell_places_apart(axes: int) -> None:
     grid = (4, 3, 2)[:axes]
-    (table,) = sincos_table(grid, 24, CPU, torch.float64)
+    (table,) = sincos(grid_positions(grid, CPU), 24)
     assert table.shape == (math.prod(grid), 24)
     distances = torch.cdist(table, table) + 10 * torch.eye(len(table), dtype=torch.float64)
     assert float(distances.min()) > 0.1
