@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
     from triptych.models.cache import Cache
@@ -52,6 +53,11 @@ class Context:
         return torch.arange(self.start, self.start + length, device=device)
 
 
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds numbers; on the meta device, and with fake tensors, there are shapes alone."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
 def build_context(
     document_ids: torch.Tensor | None = None,
     sample_keys: torch.Tensor | None = None,
@@ -60,7 +66,7 @@ def build_context(
     """The context of a batch.
 
     document_ids: int (B, T); neighbours with the same id belong to one document, and a document ends with
-    its row. None: each row is one document. On the meta device, where ids have no values, likewise.
+    its row. None: each row is one document. Ids without values (`has_values`), likewise.
     Raises ValueError for document_ids together with a cache.
     """
     if cache is not None and document_ids is not None:
@@ -68,7 +74,7 @@ def build_context(
             "document_ids with a cache: generation goes on with one document per row; leave them out"
         )
     start = cache.length if cache is not None else 0
-    if document_ids is None or document_ids.is_meta:
+    if document_ids is None or not has_values(document_ids):
         return Context(start=start, sample_keys=sample_keys, cache=cache)
     cu_seqlens, positions = document_bounds(document_ids)
     return Context(cu_seqlens=cu_seqlens, positions=positions, sample_keys=sample_keys)

@@ -18,7 +18,7 @@ from torch import nn
 
 from triptych.models.block import Block, build_blocks
 from triptych.models.conditioning import LabelEmbedding, SharedModulation, TextProjection, TimeEmbedding
-from triptych.models.context import Context, document_bounds
+from triptych.models.context import Context, document_bounds, has_values
 from triptych.models.diffusion_config import DiffusionConfig
 from triptych.models.dropout import salt_dropouts
 from triptych.models.patches import DenoiserHead, LocalConv, PatchEmbedding, patchify, unpatchify
@@ -226,7 +226,7 @@ class DiffusionModel(nn.Module):
         else:
             assert document_ids is not None and sizes is not None, "packed rows have document_ids and sizes"
             scan = Scan.of_packed(sizes, document_ids)
-            cu_seqlens = None if document_ids.is_meta else document_bounds(document_ids)[0]
+            cu_seqlens = document_bounds(document_ids)[0] if has_values(document_ids) else None
             images = document_ids.clamp(max=sizes.shape[1] - 1)
         rope = None
         if config.rope_axes and config.attention.rope_theta is not None:
@@ -345,7 +345,7 @@ def _inside(routed: tuple[int, int] | None, layer: int | None, strictly: bool = 
 def _routed(context: Context, kept: torch.Tensor, document_ids: torch.Tensor | None) -> Context:
     """The context of the tokens that stay."""
     cu_seqlens = None
-    if document_ids is not None and not document_ids.is_meta:
+    if document_ids is not None and has_values(document_ids):
         cu_seqlens = document_bounds(take(document_ids, kept))[0]
     assert context.scan is not None and context.positions is not None, "a denoiser's context has places"
     return dataclasses.replace(

@@ -95,6 +95,16 @@ class DiffusionConfig(ModelConfig):
     def _one_edge(cls, value: object) -> object:
         return (value, value) if isinstance(value, int) else value
 
+    @field_validator("ffn", mode="before")
+    @classmethod
+    def _usual_kind(cls, value: object) -> object:
+        # Who sets the size of the feed-forward alone keeps the kind.
+        return (
+            {"kind": "gelu", "bias": True, **value}
+            if isinstance(value, dict) and "kind" not in value
+            else value
+        )
+
     @model_validator(mode="after")
     def _check_diffusion(self) -> DiffusionConfig:
         for axis, size in enumerate(self.input_size):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from triptych.models.context import document_bounds
+from triptych.models.context import document_bounds, has_values
 from triptych.models.scan_order import inverse, line_ends, scan_order
 
 if TYPE_CHECKING:
@@ -75,13 +75,13 @@ class Scan:
         """Rows of images of their own sizes.
 
         sizes: int (B, G, A), tokens along each of A axes, zeros for no image. document_ids: int (B, T): the
-        number in its row of the image that a token belongs to, and G for the padding behind them. On the meta
-        device, where sizes have no values, all tokens count as padding.
+        number in its row of the image that a token belongs to, and G for the padding behind them. Where
+        sizes have no values (models/context.py), all tokens count as padding.
         Raises ValueError for images that do not fit into their row.
         """
         B, T = document_ids_BT.shape
         device = document_ids_BT.device
-        if sizes_BGA.is_meta:
+        if not has_values(sizes_BGA):
             return Scan(((),), T, device, document_ids_BT)
         rows = tuple(tuple(tuple(image) for image in row if min(image) > 0) for row in sizes_BGA.tolist())
         for row, images in enumerate(rows):

@@ -27,12 +27,12 @@ from triptych.tools.render import table_of
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-DIT_S = {"num_layers": 12, "hidden_size": 384, "num_heads": 6, "recompute": "none"}
+DIT_S: dict[str, Any] = {"num_layers": 12, "hidden_size": 384, "num_heads": 6, "recompute": "none"}
 STEP = DIT_S | {"input_size": 32, "batch": 8}
 """256 tokens of DiT-S/2."""
 LONG = DIT_S | {"input_size": 64, "batch": 2}
 """1,024 tokens."""
-TINY = {
+TINY: dict[str, Any] = {
     "num_layers": 7, "hidden_size": 32, "num_heads": 2, "recompute": "none", "input_size": 8, "batch": 2,
 }  # fmt: skip
 """Takes milliseconds."""
@@ -96,8 +96,8 @@ class DiffusionBenchReport:
         note = Text(
             f"Forward, backward and AdamW (ours on all sides) in fp32 on the CPU, {self.threads} thread(s), "
             f"median of {repeats} in turn after warm-up. Memory: peak of the resident bytes above the empty "
-            f"process. Prediction and gradients agree with the published formulation within {worst:.0e} of each "
-            f"tensor's largest element. {versions}."
+            f"process. Prediction and gradients agree with the published formulation within {worst:.0e} of "
+            f"each tensor's largest element. {versions}."
         )
         return Group(table_of("bench diffusion: a training step of a denoiser", columns, rows), note)
 
@@ -165,8 +165,8 @@ def bench_diffusion(
         for name, (_, found) in results.items():
             if not found["difference"] <= AGREEMENT:
                 raise RuntimeError(
-                    f"{name} differs by {found['difference']:.2e} (relative) from the published formulation, more "
-                    f"than {AGREEMENT:g}, so their times cannot be compared; this is a defect of ours"
+                    f"{name} differs by {found['difference']:.2e} (relative) from the published formulation, "
+                    f"more than {AGREEMENT:g}, so their times cannot be compared; this is a defect of ours"
                 )
             versions |= found["versions"]
         for case, ours, beside in one.cases:

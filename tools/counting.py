@@ -49,6 +49,8 @@ class StageSpec:
     """Of parameters and of hidden states between stages."""
     autocast: torch.dtype | None = None
     """Of matrix products, where it differs from dtype."""
+    images: int | None = None
+    """Images that a row of packed ones may hold; None: whole images."""
 
 
 @dataclass(frozen=True)
@@ -106,19 +108,28 @@ def stage_forward(spec: StageSpec, model: Model) -> Any:
 
 
 def example_batch(spec: StageSpec) -> dict[str, Tensor]:
-    """A micro-batch of zeros. A row of packed images counts as one image of as many tokens."""
-    size_b, model = spec.batch, spec.model
+    """A micro-batch of zeros."""
+    size_b, size_t, model = spec.batch, spec.seq_len, spec.model
     batch = {"sample_keys": torch.zeros(size_b, dtype=torch.int64)}
     if isinstance(model, LanguageConfig):
-        batch["tokens"] = batch["targets"] = torch.zeros(size_b, spec.seq_len, dtype=torch.int64)
+        batch["tokens"] = batch["targets"] = torch.zeros(size_b, size_t, dtype=torch.int64)
         return batch
-    fits = spec.seq_len == model.num_tokens
-    space = model.input_size if fits else (model.patch_size, model.patch_size * spec.seq_len)
-    batch["x"] = torch.zeros(size_b, model.in_channels, *space, dtype=spec.dtype)
-    batch["times"] = torch.zeros(size_b, dtype=spec.dtype)
-    told = model.conditioning
+    told, per_image = model.conditioning, (size_b,)
+    if spec.images is not None:
+        per_image = (size_b, spec.images)
+        axes = len(model.input_size)
+        batch["positions"] = torch.zeros(size_b, size_t, axes, dtype=torch.int64)
+        batch["document_ids"] = torch.zeros(size_b, size_t, dtype=torch.int64)
+        batch["sizes"] = torch.zeros(*per_image, axes, dtype=torch.int64)
+        values = model.in_channels * model.patch_elements
+        batch["x"] = torch.zeros(size_b, size_t, values, dtype=spec.dtype)
+    else:
+        fits = size_t == model.num_tokens
+        space = model.input_size if fits else (model.patch_size, model.patch_size * size_t)
+        batch["x"] = torch.zeros(size_b, model.in_channels, *space, dtype=spec.dtype)
+    batch["times"] = torch.zeros(per_image, dtype=spec.dtype)
     if told.kind == "class":
-        batch["labels"] = torch.zeros(size_b, dtype=torch.int64)
+        batch["labels"] = torch.zeros(per_image, dtype=torch.int64)
     if told.kind == "text":
         batch["text"] = torch.zeros(size_b, told.text_length, told.text_size, dtype=spec.dtype)
     return batch

@@ -336,6 +336,7 @@ def rank_rows(run: RunSections, layout: Layout, num_micro_batches: int) -> list[
                 last=stage == len(stages) - 1,
                 batch=run.train.micro_batch_size,
                 seq_len=tokens_per_sample(run),
+                images=_images_of_row(run),
                 dtype=torch.float64 if fp64 else torch.float32,
                 autocast=torch.bfloat16 if run.train.precision == "bf16" else None,
             )
@@ -366,6 +367,12 @@ def rank_rows(run: RunSections, layout: Layout, num_micro_batches: int) -> list[
             )
         )
     return rows
+
+
+def _images_of_row(run: RunSections) -> int | None:
+    """The most in a packed row; None where rows are whole images or text."""
+    packing = getattr(run.data, "packing", None)
+    return None if packing is None else packing.max_images
 
 
 def _held(shape: Sequence[int], degree: int, rank: int) -> int:

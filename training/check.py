@@ -6,7 +6,7 @@ from triptych.models import DiffusionConfig
 from triptych.models.registry import MIXERS
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.layout import Layout
-from triptych.training.data import check_data
+from triptych.training.data import check_data, check_sections
 from triptych.training.image_grids import check_grids
 from triptych.training.objectives import build_objective
 from triptych.training.sections import RunSections, lengths, tokens_per_sample
@@ -32,6 +32,7 @@ def check(run: RunSections) -> None:
 
 def check_layout(run: RunSections, parallel: ParallelConfig, micro_batch_size: int) -> None:
     """Raise ValueError where the run cannot have this layout, with micro-batches of so many samples."""
+    check_sections(run)
     Layout(parallel).check(
         run.model,
         seq_len=tokens_per_sample(run),

@@ -40,10 +40,15 @@ def open_validation(run: RunSections) -> Any:
 
 def check_data(run: RunSections) -> None:
     """Raise ValueError where `data:` does not go with the model; reads headers only."""
-    check_family(run)
+    check_sections(run)
     if isinstance(run.data, DataConfig):
         check_vocabulary(run.data, _vocab_size(run))
-    else:
+
+
+def check_sections(run: RunSections) -> None:
+    """The part of `check_data` that reads no file."""
+    check_family(run)
+    if not isinstance(run.data, DataConfig):
         image_needs(run).check(run.data)
 
 

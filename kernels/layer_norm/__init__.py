@@ -52,7 +52,7 @@ def modulated_layer_norm(
     fits = shift.dim() == x.dim() and all(m in (1, n) for m, n in zip(shift.shape, x.shape))
     if not fits or shift.shape[-1] != x.shape[-1]:
         raise ValueError(
-            f"modulated_layer_norm: shift and scale {tuple(shift.shape)} must have x's dims {tuple(x.shape)}, or 1 "
-            "in place of those before the last"
+            f"modulated_layer_norm: shift and scale {tuple(shift.shape)} must have x's dims "
+            f"{tuple(x.shape)}, or 1 in place of those before the last"
         )
     return dispatch.choose("modulated_layer_norm", form, x.device).run(x, shift, scale, eps)

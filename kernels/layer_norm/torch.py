@@ -21,9 +21,7 @@ def modulated_layer_norm_op(
 
 @modulated_layer_norm_op.register_fake
 def _(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    mean, rstd = (
-        x.new_empty((*x.shape[:-1], 1), dtype=statistics_dtype(x, shift, scale)) for _ in range(2)
-    )
+    mean, rstd = (x.new_empty((*x.shape[:-1], 1), dtype=statistics_dtype(x, shift, scale)) for _ in range(2))
     return x.new_empty(x.shape), mean, rstd
 
 

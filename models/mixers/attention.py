@@ -30,7 +30,8 @@ class Attention(nn.Module):
     (arXiv 2305.13245).
 
     selective recomputation keeps the outputs of q_proj, k_proj and v_proj and the input of o_proj. It drops,
-    and computes again in backward, query-key norm, rotation, scores, softmax, dropout and context.
+    and computes again in backward, query-key norm, rotation, scores, softmax, dropout and context. A fused
+    kernel alone, without norm and rotation, keeps nothing else: then nothing is computed again.
     """
 
     tp_region = True
@@ -100,10 +101,21 @@ class Attention(nn.Module):
 
     def forward(self, x_BTC: torch.Tensor, context: Context) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
-        context_BTX = self.core(self.q_proj(x_BTC), self.k_proj(x_BTC), self.v_proj(x_BTC), context)
-        return self.o_proj(context_BTX)
+        attend = self.attend if self._keeps_little(context) else self.core
+        return self.o_proj(attend(self.q_proj(x_BTC), self.k_proj(x_BTC), self.v_proj(x_BTC), context))
+
+    def _keeps_little(self, context: Context) -> bool:
+        """Whether `attend` keeps nothing for backward but its inputs and output."""
+        turned = self.rope_axes and self.rope_theta is not None
+        packed = context.cu_seqlens is not None
+        fused = self.form != "reference" and self.dropout.p == 0
+        return fused and self.q_norm is None and not turned and not packed
 
     def core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context) -> torch.Tensor:
+        """`attend`, as selective recomputation runs it again."""
+        return self.attend(q, k, v, context)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context) -> torch.Tensor:
         """Outputs of the projections (B, T, H D), (B, T, G D), (B, T, G D) -> context (B, T, H D)."""
         q_BTHD, k_BTGD, v_BTGD = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:

@@ -22,6 +22,12 @@ def test_defaults_are_those_of_dit() -> None:
     assert [spec.kind for spec in config.layer_specs()] == ["attention+gelu"] * 2
 
 
+def test_a_size_of_the_feed_forward_leaves_its_kind() -> None:
+    ffn = denoiser_config(ffn={"intermediate_size": 40}).ffn
+    assert (ffn.kind, ffn.bias, ffn.intermediate_size) == ("gelu", True, 40)
+    assert denoiser_config(ffn={"kind": "swiglu"}).ffn.bias is False
+
+
 def test_config_round_trips_through_its_own_dump() -> None:
     config = denoiser_config(position="rope", attention={"num_heads": 2}, modulation={"kind": "lora", "rank": 3})
     assert models.DiffusionConfig.model_validate(config.model_dump(mode="json")) == config

@@ -8,10 +8,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
+from tests.backbones import shrunk
 from triptych.models import build, flops_per_token
+from triptych.parallel.collectives import Axis
+from triptych.tools.counting import StageSpec, count_stage_on
 from triptych.tools.describe import describe
+from triptych.tools.kept import total_bytes
 
 
 def text_of(renderable: Any) -> str:
@@ -87,3 +92,42 @@ def test_a_large_model_takes_no_memory(runs: ModuleType) -> None:
 def test_an_illegal_layout_is_refused(runs: ModuleType) -> None:
     with pytest.raises(ValueError, match=r"parallel\.pp=8 exceeds model\.num_layers=4"):
         describe(runs.make_run(parallel={"pp": 8}))
+
+
+@pytest.mark.parametrize("name", ["dit-text", "fit", "fitv2", "dim", "rwkv", "hybrid"])
+def test_fake_tensors_keep_what_real_ones_do_in_denoisers(name: str) -> None:
+    """Both stages of a pipeline of two, in bytes; what `describe` says of a denoiser's activations."""
+    run = shrunk(name, "parallel.pp=2", "train.micro_batch_size=2")
+    packing = getattr(run.data, "packing", None)
+    images = None if packing is None else packing.max_images
+    rows = describe(run).ranks
+    assert len(rows) == 2
+    for stage, row in enumerate(rows):
+        layers = range(row.layers[0], row.layers[-1] + 1)
+        length = 16 if packing is None else packing.max_tokens
+        spec = StageSpec(
+            run.model, run.parallel, layers, stage == 0, stage == 1, 2, length, torch.float32, images=images
+        )
+        real = count_stage_on(spec, Axis(1))
+        assert row.activation_bytes == total_bytes(real.kept) > 0
+        assert row.parameters == sum(torch.Size(shape).numel() for shape in real.parameter_shapes)
+
+
+def test_packed_rows_keep_modulations_of_every_token() -> None:
+    """Shift, scale and gate of two branches: at least 6 C values per token and block more than whole images."""
+    packed, whole = (shrunk("fit", *more) for more in ((), ("data.packing=null", "data.image_size=[8,12]")))
+    counts = [describe(run).ranks[0].activation_bytes for run in (packed, whole)]
+    assert counts[0] - counts[1] > 0.9 * 4 * 24 * 4 * 6 * 48
+
+
+def test_denoisers_are_told_in_full() -> None:
+    description = describe(shrunk("dit"))
+    text = text_of(description.table())
+    for part in ("patch_embedding", "time_embedding", "label_embedding", "attention+gelu", "head"):
+        assert part in text
+    assert "Model: diffusion, hidden size 48" in text and "twice its multiply-adds" in text
+    assert description.forward_flops_per_sample == 16 * description.forward_flops_per_token
+    assert sum(part.parameters for part in description.parts) + sum(
+        len(block.layers) * block.parameters for block in description.blocks
+    ) == description.parameters
+    assert json.loads(json.dumps(description.to_json()))["parts"][0]["name"] == "patch_embedding"
