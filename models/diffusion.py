@@ -98,9 +98,11 @@ class DiffusionModel(nn.Module):
 
     def uses(self, part: str) -> int:
         """How often a forward pass goes through a part outside the blocks."""
-        return sum(map(self.config.followed_by_shared, range(self.config.num_layers))) if (
-            part == "shared_block"
-        ) else 1
+        return (
+            sum(map(self.config.followed_by_shared, range(self.config.num_layers)))
+            if (part == "shared_block")
+            else 1
+        )
 
     @staticmethod
     def keywords(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,8 +38,6 @@ def model_class(config: ModelConfig) -> type[Model]:
     return DiffusionModel if isinstance(config, DiffusionConfig) else LanguageModel
 
 
-def build(
-    config: ModelConfig, layers: range | None = None, first: bool = True, last: bool = True
-) -> Model:
+def build(config: ModelConfig, layers: range | None = None, first: bool = True, last: bool = True) -> Model:
     """The model of a configuration, or a stage of it; values are unset until `initialize`."""
     return model_class(config)(config, layers=layers, first=first, last=last)  # type: ignore[arg-type]

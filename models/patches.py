@@ -93,7 +93,6 @@ class PatchEmbedding(nn.Module):
             x_BTC = x_BTC + self.positions
         return x_BTC
 
-
     def _table(self, grid: tuple[int, ...], x_BTC: torch.Tensor) -> torch.Tensor:
         """(1, T, C): `sincos` of a whole grid, made once.
 

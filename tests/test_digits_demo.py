@@ -1,4 +1,5 @@
-"""The digits demo as a newcomer runs it: three backbones draw digits that a classifier of real ones recognises."""
+"""The digits demo as a newcomer runs it: three backbones draw digits that a classifier of real ones
+recognises."""
 
 import json
 from pathlib import Path

@@ -114,7 +114,8 @@ def example_batch(spec: StageSpec) -> dict[str, Tensor]:
     if isinstance(model, LanguageConfig):
         batch["tokens"] = batch["targets"] = torch.zeros(size_b, size_t, dtype=torch.int64)
         return batch
-    told, per_image = model.conditioning, (size_b,)
+    told = model.conditioning
+    per_image: tuple[int, ...] = (size_b,)
     if spec.images is not None:
         per_image = (size_b, spec.images)
         axes = len(model.input_size)

@@ -49,9 +49,7 @@ def to_device(batches: Iterable[Mapping[str, Any]], device: torch.device) -> lis
     ]
 
 
-def prepare(
-    objective: Objective, batches: Iterable[Batch], step: int, *, training: bool
-) -> list[Batch]:
+def prepare(objective: Objective, batches: Iterable[Batch], step: int, *, training: bool) -> list[Batch]:
     """The objective's inputs of each micro-batch, with its targets under `targets`."""
     prepared = []
     for batch in batches:

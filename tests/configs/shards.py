@@ -23,12 +23,14 @@ def write_latents(directory: Path, sizes: tuple[tuple[int, int], ...] = ((8, 8),
     for number in range(COUNT):
         shape = (4, *sizes[number % len(sizes)])
         mean = npy(draw.standard_normal(shape).astype(np.float32))
-        samples.append({
-            "mean.npy": mean[:-9] if number == BROKEN else mean,
-            "std.npy": npy(np.full(shape, 0.1, np.float32)),
-            "cls": str(number % 10).encode(),
-            "text.npy": npy(draw.standard_normal(TEXT).astype(np.float32)),
-        })
+        samples.append(
+            {
+                "mean.npy": mean[:-9] if number == BROKEN else mean,
+                "std.npy": npy(np.full(shape, 0.1, np.float32)),
+                "cls": str(number % 10).encode(),
+                "text.npy": npy(draw.standard_normal(TEXT).astype(np.float32)),
+            }
+        )
     return write_shards(directory, samples, per_shard=8)
 
 

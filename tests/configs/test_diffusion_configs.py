@@ -1,5 +1,5 @@
-"""Every packaged denoiser: its sizes are the published ones, and shrunk it trains, resumes and samples through the
-command line."""
+"""Every packaged denoiser: its sizes are the published ones, and shrunk it trains, resumes and samples
+through the command line."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def test_dit_and_sit_are_the_published_sizes(name: str, size: str, patch: int) -
     assert described.parameters == parameters[patch]
     # The table has two decimals, which of 0.36 is more than 1 %.
     rounding = 0.005 / multiply_adds[patch]
-    assert described.forward_flops_per_sample / 2e9 == pytest.approx(multiply_adds[patch], rel=0.01 + rounding)
+    assert described.forward_flops_per_sample / 2e9 == pytest.approx(
+        multiply_adds[patch], rel=0.01 + rounding
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,8 +106,8 @@ def test_sizes_of_the_papers(name: str, key: str, values: dict[str, int]) -> Non
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("predict", ["noise", "velocity"])
 def test_first_losses(name: str, predict: str) -> None:
-    """As initialised a denoiser says 0: on unit-Gaussian data the mean squared error is 1 for the noise, and 2
-    for the velocity noise - data."""
+    """As initialised a denoiser says 0: on unit-Gaussian data the mean squared error is 1 for the noise, and
+    2 for the velocity noise - data."""
     kind = "linear, learn_sigma: false"
     run = shrunk(name, f"train.objective={{path: {kind}, predict: {predict}}}", "train.global_batch_size=64")
     objective = build_objective(run)
@@ -141,7 +143,13 @@ def words_of(name: str, data: dict[str, str], *more: str) -> list[str]:
     words += [f"data.sources=[{data[which]}]", f"data.valid=[{data[which]}]"]
     words += ["data.vae.scale_factor=1.0"] if which != "images" else []
     texts = f", texts: {data['texts']}" if name == "dit-text" else ""
-    words += ["train.steps=4", "train.eval_every=2", "train.eval_samples=6", "checkpoint.every=2", "log.every=1"]
+    words += [
+        "train.steps=4",
+        "train.eval_every=2",
+        "train.eval_samples=6",
+        "checkpoint.every=2",
+        "log.every=1",
+    ]
     words += [f"log.images={{every: 4, count: 3, sampler: {{steps: 2}}{texts}}}", "train.ema.decay=0.9"]
     words += [tread(shrunk(name))] if name in ROUTED else []
     return [*words, *more]
@@ -182,7 +190,8 @@ def test_it_trains_resumes_and_samples(
 
 @pytest.mark.parametrize("name", ["fit", "hybrid"])
 def test_a_resumed_run_is_the_run(name: str, data: dict[str, str], tmp_path: Path) -> None:
-    """Stopped after 4 of 6 steps and resumed, in float64: parameters, moments, averages and the data's position."""
+    """Stopped after 4 of 6 steps and resumed, in float64: parameters, moments, averages and the data's
+    position."""
     words = words_of(name, data, "train.precision=fp64", "log.images=null", "train.eval_every=0")
     for run_dir, steps in (("whole", 6), ("parts", 4), ("parts", 6)):
         arguments = [*words, f"train.steps={steps}", "train.schedule.kind=constant"]
@@ -200,15 +209,15 @@ def test_a_resumed_run_is_the_run(name: str, data: dict[str, str], tmp_path: Pat
 
 def read_all(directory: Path) -> dict[str, torch.Tensor]:
     with open_reader(directory) as reader:
-        found = {
-            name: torch.empty(entry.shape, dtype=torch.float64) for name, entry in reader.index.items()
-        }
+        found = {name: torch.empty(entry.shape, dtype=torch.float64) for name, entry in reader.index.items()}
         for name, tensor in found.items():
             reader.read_into(Window(name, tensor, tuple(tensor.shape), (0,) * tensor.ndim))
     return found
 
 
-def test_an_unreadable_sample_is_left_out_and_named(data: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreadable_sample_is_left_out_and_named(
+    data: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
     for name in ("demo", "dit", "fit"):
         run = load(words_of(name, data)[0], words_of(name, data)[1:])
         dataset = open_training(run)
@@ -227,12 +236,20 @@ def test_an_unreadable_sample_is_left_out_and_named(data: dict[str, str], caplog
         ("dit", ["model.patch_size=3"], r"model.patch_size=3 does not divide model.input_size\[0\]=8"),
         ("fit", ["data.packing.patch_size=1"], r"data.packing.patch_size=1 is not model.patch_size=2"),
         ("zigma", ["model.scan.orders=[spiral]"], "order 'spiral' is unknown; use one of raster, column"),
-        ("dit", ["train.tread={start: 2, end: 9}"], r"train.tread.end=9 is beyond the last block; model.num_layers=4"),
-        ("dimsum", ["train.tread={start: 1, end: 3}"], r"blocks 1 to 2, where dimsum stands: its wavelet branch needs"),
+        (
+            "dit",
+            ["train.tread={start: 2, end: 9}"],
+            r"train.tread.end=9 is beyond the last block; model.num_layers=4",
+        ),
+        (
+            "dimsum",
+            ["train.tread={start: 1, end: 3}"],
+            r"blocks 1 to 2, where dimsum stands: its wavelet branch needs",
+        ),
         (
             "dit",
             ["train.tread={rate: 0.45, start: 1, end: 3}", "parallel.tp=2"],
-            r"parallel.tp=2 does not divide the 9 of 16 tokens that train.tread.rate=0.45 keeps; change the rate",
+            r"parallel.tp=2 does not divide the 9 of 16 tokens that train.tread.rate=0.45 keeps; change",
         ),
         (
             "fit",
@@ -240,8 +257,16 @@ def test_an_unreadable_sample_is_left_out_and_named(data: dict[str, str], caplog
             r"parallel.tp=2 does not divide the 15 tokens of one of the sizes in data.buckets",
         ),
         ("dimsum", ["parallel.pp=2"], "model.shared_block_every=2"),
-        ("dit", ["train.objective.learn_sigma=true", "model.out_channels=4"], "model.out_channels=4 is not twice"),
-        ("dit-text", ["log.images={every: 1}"], r"log.images: the model draws from embedded texts.*log.images=null"),
+        (
+            "dit",
+            ["train.objective.learn_sigma=true", "model.out_channels=4"],
+            "model.out_channels=4 is not twice",
+        ),
+        (
+            "dit-text",
+            ["log.images={every: 1}"],
+            r"log.images: the model draws from embedded texts.*log.images=null",
+        ),
         (
             "dit",
             ["log.images={every: 1, sampler: {guidance: {scale: 2.0, channels: 9}}}"],
@@ -260,7 +285,10 @@ def test_what_does_not_go_together_is_refused(name: str, overrides: list[str], w
     [
         ("train.tread={start: 1, end: 2}", "train.tread is for denoisers, and model.family=lm; remove it"),
         ("log.images={every: 1}", "log.images is for denoisers, and model.family=lm; remove it"),
-        ("data={kind: images, image_size: 8, channels: 1}", r"data.kind=images does not serve model.family=lm"),
+        (
+            "data={kind: images, image_size: 8, channels: 1}",
+            r"data.kind=images does not serve model.family=lm",
+        ),
     ],
 )
 def test_what_is_for_denoisers_is_refused_for_language_models(override: str, words: str) -> None:
@@ -276,7 +304,7 @@ def test_what_is_for_denoisers_is_refused_for_language_models(override: str, wor
     changed = RunConfig.model_validate(values)
     with pytest.raises(ValueError, match=words):
         check_without_data(changed)
-    with pytest.raises(ValueError, match="data: is text .*model.family=diffusion; set data.kind: images"):
+    with pytest.raises(ValueError, match=r"data: is text .*model.family=diffusion; set data.kind: images"):
         check(shrunk("dit").model_copy(update={"data": run.data}))
 
 
@@ -285,7 +313,9 @@ def check_without_data(run: RunConfig) -> None:
     check(run)
 
 
-def test_labels_outside_the_classes_are_told_before_training(data: dict[str, str], tmp_path: Path, capsys: Any) -> None:
+def test_labels_outside_the_classes_are_told_before_training(
+    data: dict[str, str], tmp_path: Path, capsys: Any
+) -> None:
     words = words_of("dit", data, "model.conditioning.num_classes=7")
     assert execute(["train", *words, "--run-dir", str(tmp_path / "run"), "--in-process"]) == 2
     told = " ".join(capsys.readouterr().err.split())
@@ -293,7 +323,9 @@ def test_labels_outside_the_classes_are_told_before_training(data: dict[str, str
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_classes_that_a_model_does_not_have_are_not_drawn(data: dict[str, str], tmp_path: Path, capsys: Any) -> None:
+def test_classes_that_a_model_does_not_have_are_not_drawn(
+    data: dict[str, str], tmp_path: Path, capsys: Any
+) -> None:
     run_dir = tmp_path / "run"
     words = words_of("dit", data, "train.steps=1", "log.images=null", "train.eval_every=0")
     assert execute(["train", *words, "--run-dir", str(run_dir), "--in-process"]) == 0

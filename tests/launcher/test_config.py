@@ -91,7 +91,10 @@ def test_a_run_directory_is_a_configuration(file: Path, tmp_path: Path) -> None:
         (["name=a/b"], ["name='a/b'"]),
         (["model.family=vision"], ["model.family='vision': use one of 'lm', 'diffusion'"]),
         (["data.kind=videos"], ["data.kind='videos': use one of 'text', 'images'"]),
-        (["model.patch_size=2"], ["model.patch_size is not a known key; it belongs to another family or kind"]),
+        (
+            ["model.patch_size=2"],
+            ["model.patch_size is not a known key; it belongs to another family or kind"],
+        ),
         (["model.pattern=[mamba9]"], ["model.pattern: mixer 'mamba9' of item 'mamba9' is unknown"]),
     ],
 )

@@ -1,7 +1,7 @@
 """A DiT in plain PyTorch after the formulas of its paper (arXiv 2212.09748), with the weights of one of ours.
 
-Nothing of triptych's is called here: patches are taken by a convolution, queries, keys and values come from one
-linear, the sines of the positions are written out place by place.
+Nothing of triptych's is called here: patches are taken by a convolution, queries, keys and values come from
+one linear, the sines of the positions are written out place by place.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class PlainBlock(nn.Module):
 
 class PlainDiT(nn.Module):
     def __init__(
-        self, space: tuple[int, int], patch: int, channels: tuple[int, int], size: int, depth: int, heads: int, mlp: int,
+        self, space: tuple[int, int], patch: int, channels: tuple[int, int],
+        size: int, depth: int, heads: int, mlp: int,
         classes: int,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -111,7 +112,11 @@ def time_features(times: Tensor) -> Tensor:
 
 def position_table(grid: tuple[int, int], size: int) -> Tensor:
     """(1, T, size): of a token in row r and column c, size/4 sines and cosines each of c, then of r."""
-    tokens = [list(_sines(c, size // 2)) + list(_sines(r, size // 2)) for r in range(grid[0]) for c in range(grid[1])]
+    tokens = [
+        list(_sines(c, size // 2)) + list(_sines(r, size // 2))
+        for r in range(grid[0])
+        for c in range(grid[1])
+    ]
     return torch.tensor([tokens], dtype=torch.float64)
 
 

@@ -54,7 +54,9 @@ def test_initial_standard_deviations() -> None:
             assert torch.count_nonzero(parameter) == 0, name
 
 
-@pytest.mark.parametrize(("pattern", "branches"), [(["attention"], 2), (["attention+none"], 1), (["none+gelu"], 1)])
+@pytest.mark.parametrize(
+    ("pattern", "branches"), [(["attention"], 2), (["attention+none"], 1), (["none+gelu"], 1)]
+)
 def test_a_block_has_shift_scale_and_gate_per_branch(pattern: list[str], branches: int) -> None:
     """x + gate * f(norm(x) (1 + scale) + shift), branch by branch."""
     config = denoiser_config(pattern=pattern, num_layers=1)
@@ -75,7 +77,8 @@ def test_a_block_has_shift_scale_and_gate_per_branch(pattern: list[str], branche
 
 
 def test_low_rank_modulation_is_the_shared_one_and_its_own() -> None:
-    """FiTv2: W_shared silu(c) + b + W_up (W_down silu(c)), of which a block of one branch takes the first half."""
+    """FiTv2: W_shared silu(c) + b + W_up (W_down silu(c)), of which a block of one branch takes the first
+    half."""
     config = denoiser_config(
         modulation={"kind": "lora", "rank": 4}, pattern=["attention", "attention+none"], num_layers=2
     )
@@ -123,7 +126,8 @@ def test_a_rank_takes_its_tokens_alone() -> None:
     """What parallel/tensor.py sets where T is cut."""
     modulation = build_denoiser(denoiser_config()).blocks["0"].modulation
     context = Context(
-        conditioning=torch.randn(2, 3, 24, dtype=torch.float64), images=torch.tensor([[0, 0, 1, 2], [2, 1, 1, 0]])
+        conditioning=torch.randn(2, 3, 24, dtype=torch.float64),
+        images=torch.tensor([[0, 0, 1, 2], [2, 1, 1, 0]]),
     )
     whole = modulation(context)
     for rank in range(2):
@@ -143,7 +147,9 @@ def test_flops_are_counted_as_torch_counts_them(rank: int | None) -> None:
 
     modulation = Modulation(8, 6, rank).double()
     models.initialize(modulation, 0)
-    context = Context(conditioning=torch.randn(1, 1, 8).double(), shared_modulation=torch.zeros(1, 1, 48).double())
+    context = Context(
+        conditioning=torch.randn(1, 1, 8).double(), shared_modulation=torch.zeros(1, 1, 48).double()
+    )
     with FlopCounterMode(display=False) as counter:
         modulation(context)
     assert modulation.flops() == counter.get_total_flops()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ CPU = torch.device("cpu")
 THETA = 10000.0
 
 
-def turned(x: torch.Tensor, grid: tuple[int, ...], kind: str = "none", trained: tuple[int, ...] | None = None) -> torch.Tensor:
+def turned(
+    x: torch.Tensor, grid: tuple[int, ...], kind: str = "none", trained: tuple[int, ...] | None = None
+) -> torch.Tensor:
     rope = axial_rope(x.shape[-1], THETA, grid, trained or grid, kind, CPU)
     return rotate(x, grid_positions(grid, CPU), THETA, rope)
 
@@ -59,7 +62,7 @@ def test_scores_depend_on_the_distance_along_each_axis() -> None:
     for found in by_distance.values():
         assert max(found) - min(found) < 1e-12
     centres = sorted(found[0] for found in by_distance.values())
-    assert min(b - a for a, b in zip(centres, centres[1:])) > 0, "each distance has a score of its own"
+    assert min(b - a for a, b in pairwise(centres)) > 0, "each distance has a score of its own"
 
 
 def test_packed_positions_turn_as_those_of_a_grid() -> None:
@@ -119,7 +122,9 @@ def test_ntk_stretches_the_lowest_frequency_and_keeps_the_highest() -> None:
 def test_axes_are_scaled_apart() -> None:
     both = axial_rope(16, THETA, (32, 16), (16, 16), "ntk", CPU)
     assert not torch.equal(both.frequencies[0], both.frequencies[1])
-    assert torch.equal(both.frequencies[1], axial_rope(16, THETA, (16, 16), (16, 16), "ntk", CPU).frequencies[1])
+    assert torch.equal(
+        both.frequencies[1], axial_rope(16, THETA, (16, 16), (16, 16), "ntk", CPU).frequencies[1]
+    )
 
 
 def test_the_table_of_sines_is_the_papers() -> None:

@@ -30,12 +30,17 @@ MIXERS: dict[str, dict[str, Any]] = {
     "mamba1": {"pattern": ["mamba1+none"]},
     "mamba2": {"pattern": ["mamba2+none"], "mamba2": {"state_size": 4, "head_dim": 6, "chunk_size": 8}},
     "wkv": {"pattern": ["wkv+channel_mix"], "wkv": {"shift": "none"}, "ffn": {"kind": "channel_mix"}},
-    "hybrid": {"pattern": ["mamba2", "attention"], "mamba2": {"state_size": 4, "head_dim": 6, "chunk_size": 8}},
+    "hybrid": {
+        "pattern": ["mamba2", "attention"],
+        "mamba2": {"state_size": 4, "head_dim": 6, "chunk_size": 8},
+    },
 }
 ORDERS = ("zigzag:3", "column+reverse", "zigzag:1")
 
 
-def routed(model: DiffusionModel, batch: dict[str, Any], kept: Any = KEPT, which: Any = ROUTED) -> torch.Tensor:
+def routed(
+    model: DiffusionModel, batch: dict[str, Any], kept: Any = KEPT, which: Any = ROUTED
+) -> torch.Tensor:
     keywords = {name: value for name, value in batch.items() if name != "x"}
     return model(batch["x"], kept=kept, routed=which, **keywords)
 
@@ -44,8 +49,11 @@ def plain(model: DiffusionModel, batch: dict[str, Any]) -> torch.Tensor:
     return model(**batch)
 
 
-def by_hand(model: DiffusionModel, batch: dict[str, Any], kept: torch.Tensor, which: tuple[int, int]) -> torch.Tensor:
-    """Gather, blocks, scatter, image by image. A scan mixer gets its tokens sorted by its own order and no Scan:
+def by_hand(
+    model: DiffusionModel, batch: dict[str, Any], kept: torch.Tensor, which: tuple[int, int]
+) -> torch.Tensor:
+    """Gather, blocks, scatter, image by image. A scan mixer gets its tokens sorted by its own order and no
+    Scan:
     the kept ones in the order in which the whole image would be visited."""
     config = model.config
     outputs = []
@@ -87,7 +95,9 @@ def test_any_range_may_be_skipped(which: tuple[int, int]) -> None:
     config = denoiser_config(num_layers=4)
     model = build_denoiser(config)
     batch = image_batch(config)
-    assert largest_difference(routed(model, batch, which=which), by_hand(model, batch, KEPT, which)) < TOLERANCE
+    assert (
+        largest_difference(routed(model, batch, which=which), by_hand(model, batch, KEPT, which)) < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +105,10 @@ def test_any_range_may_be_skipped(which: tuple[int, int]) -> None:
     [
         {},
         {"position": "rope", "attention": {"num_heads": 2}},
-        {"pattern": ["mamba1+none"], "scan": {"orders": ["raster", "column"], "merge": "cycle", "line_ends": True}},
+        {
+            "pattern": ["mamba1+none"],
+            "scan": {"orders": ["raster", "column"], "merge": "cycle", "line_ends": True},
+        },
         {"pattern": ["wkv+channel_mix"], "ffn": {"kind": "channel_mix"}, "long_skips": True},
         {"long_skips": True, "local_convs": True},
         {"shared_block_every": 2},
@@ -111,7 +124,9 @@ def test_keeping_every_token_is_no_routing(overrides: dict[str, Any]) -> None:
 
 def test_kept_tokens_keep_their_rotary_positions() -> None:
     """Attention among the kept with the positions of the whole grid, against scores written out."""
-    config = denoiser_config(num_layers=1, position="rope", attention={"num_heads": 2}, pattern=["attention+none"])
+    config = denoiser_config(
+        num_layers=1, position="rope", attention={"num_heads": 2}, pattern=["attention+none"]
+    )
     model = build_denoiser(config)
     batch = image_batch(config)
     seen: dict[str, torch.Tensor] = {}
@@ -125,8 +140,16 @@ def test_kept_tokens_keep_their_rotary_positions() -> None:
         heads = []
         x, at = seen["x"][row], places[KEPT[row]]
         for head in range(2):
-            q, k, v = ((x @ p.weight.T + p.bias)[:, 12 * head : 12 * head + 12] for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
-            turned = [torch.cat([rotated(t[:, 6 * a : 6 * a + 6], at[:, a], rope.frequencies[a]) for a in (0, 1)], -1) for t in (q, k)]
+            q, k, v = (
+                (x @ p.weight.T + p.bias)[:, 12 * head : 12 * head + 12]
+                for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+            )
+            turned = [
+                torch.cat(
+                    [rotated(t[:, 6 * a : 6 * a + 6], at[:, a], rope.frequencies[a]) for a in (0, 1)], -1
+                )
+                for t in (q, k)
+            ]
             heads.append((turned[0] @ turned[1].T / 12**0.5).softmax(-1) @ v)
         y = torch.cat(heads, -1) @ mixer.o_proj.weight.T + mixer.o_proj.bias
         assert largest_difference(seen["y"][row], y) < TOLERANCE
@@ -134,7 +157,9 @@ def test_kept_tokens_keep_their_rotary_positions() -> None:
 
 def rotated(x: torch.Tensor, at: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
     real, imaginary = x.chunk(2, dim=-1)
-    z = torch.complex(real, imaginary) * torch.polar(torch.ones(1, dtype=torch.float64), at[:, None] * frequencies)
+    z = torch.complex(real, imaginary) * torch.polar(
+        torch.ones(1, dtype=torch.float64), at[:, None] * frequencies
+    )
     return torch.cat([z.real, z.imag], dim=-1)
 
 
@@ -224,5 +249,7 @@ def test_dimsum_needs_the_whole_grid() -> None:
     batch = image_batch(config)
     kept = torch.arange(0, 16, 2).expand(2, -1)
     assert routed(model, batch, kept, (1, 2)).shape == (2, 3, 8, 8), "a range without it is fine"
-    with pytest.raises(ValueError, match=r"dimsum.*needs every token of the grid, but train.tread leaves 8 of 16"):
+    with pytest.raises(
+        ValueError, match=r"dimsum.*needs every token of the grid, but train.tread leaves 8 of 16"
+    ):
         routed(model, batch, kept, (1, 3))

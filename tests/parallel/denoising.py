@@ -1,4 +1,5 @@
-"""What the ranks of a layout do with a denoiser besides training, and the same on one process without parallel/.
+"""What the ranks of a layout do with a denoiser besides training, and the same on one process without
+parallel/.
 
 Ranks load this file by its path: it imports nothing of tests.
 
@@ -25,7 +26,9 @@ SEED = 5
 Batch = dict[str, Any]
 
 
-def disturb(table: dict[str, Any], parts: Iterable[tuple[str, Tensor, tuple[int, ...], tuple[int, ...]]]) -> None:
+def disturb(
+    table: dict[str, Any], parts: Iterable[tuple[str, Tensor, tuple[int, ...], tuple[int, ...]]]
+) -> None:
     """Small values where a denoiser starts with zeros; parts: (name, local values, offset, whole shape)."""
     for name, local, offset, shape in parts:
         if table[name] == ZEROS:
@@ -66,7 +69,8 @@ def squares(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def work_alone(config: models.DiffusionConfig, batches: list[Batch]) -> dict[str, Any]:
-    """For each global batch: the prediction in eval mode, the evaluated loss, the trained loss and gradient norm."""
+    """For each global batch: the prediction in eval mode, the evaluated loss, the trained loss and gradient
+    norm."""
     model = alone(config)
     seen: dict[str, Any] = {"predictions": [], "evaluated": [], "losses": [], "norms": []}
     for batch in batches:
@@ -85,7 +89,9 @@ def work_alone(config: models.DiffusionConfig, batches: list[Batch]) -> dict[str
     return seen
 
 
-def work_under(config: models.DiffusionConfig, parallel: ParallelConfig, batches: list[Batch]) -> dict[str, Any]:
+def work_under(
+    config: models.DiffusionConfig, parallel: ParallelConfig, batches: list[Batch]
+) -> dict[str, Any]:
     """The same on this rank: of its own rows the predictions, and which rows those are."""
     first = batches[0]
     rows = first["x"].shape[0]
@@ -95,7 +101,9 @@ def work_under(config: models.DiffusionConfig, parallel: ParallelConfig, batches
     seen: dict[str, Any] = {"predictions": [], "evaluated": [], "losses": [], "norms": [], "rows": []}
     for batch in batches:
         per_rank = batch["x"].shape[0] // layout.dp_size
-        mine = slice(layout.dp_rank(dist.get_rank()) * per_rank, (layout.dp_rank(dist.get_rank()) + 1) * per_rank)
+        mine = slice(
+            layout.dp_rank(dist.get_rank()) * per_rank, (layout.dp_rank(dist.get_rank()) + 1) * per_rank
+        )
         whole = cut(batch, mine)
         micro_batches = [cut(whole, slice(start, start + 2)) for start in range(0, per_rank, 2)]
         seen["rows"].append((mine.start, mine.stop))

@@ -24,7 +24,8 @@ WITH_ATTENTION = "model.pattern=[dimsum+swiglu, attention, attention, dimsum+swi
 
 
 def run_of(name: str, routed: bool, *overrides: str) -> RunConfig:
-    """A shrunk backbone; with TREAD around all blocks but the ends, which DiMSUM's own mixer does not bear."""
+    """A shrunk backbone; with TREAD around all blocks but the ends, which DiMSUM's own mixer does not
+    bear."""
     if routed and name == "dimsum":
         overrides = (WITH_ATTENTION, *overrides)
     run = shrunk(name, *overrides)
@@ -117,7 +118,8 @@ PREDICTED = [
 def test_predictions_are_those_of_one_process(
     distributed: Distributed, name: str, parallel: dict[str, Any]
 ) -> None:
-    """ParallelModel.predict, evaluation and training in turn, on batches of several sizes, against plain autograd."""
+    """ParallelModel.predict, evaluation and training in turn, on batches of several sizes, against plain
+    autograd."""
     # What is dropped in training must not be in a prediction.
     config = shrunk(name, "model.dropout=0.1").model
     assert isinstance(config, DiffusionConfig)
@@ -130,7 +132,9 @@ def test_predictions_are_those_of_one_process(
             start, stop = seen["rows"][n]
             right = expected["predictions"][n][start:stop]
             assert torch.count_nonzero(right) > 0
-            torch.testing.assert_close(seen["predictions"][n], right, rtol=0, atol=1e-12 * float(right.abs().max()))
+            torch.testing.assert_close(
+                seen["predictions"][n], right, rtol=0, atol=1e-12 * float(right.abs().max())
+            )
         for what in ("evaluated", "losses", "norms"):
             assert seen[what] == pytest.approx(expected[what], rel=1e-11), (rank, what)
     assert {seen["rows"][0] for seen in ranks} == {
@@ -144,7 +148,10 @@ def batches_of(name: str, config: DiffusionConfig) -> list[dict[str, Any]]:
         batches = [image_batch(config, 4), image_batch(config, 8, seed=2)]
     elif name == "fit":
         rows = [[(2, 2), (1, 3)], [(3, 3)], [(2, 4), (1, 1)], [(1, 2)]]
-        batches = [packed_batch(config, rows, length=12, places=2), packed_batch(config, rows, length=16, places=3)]
+        batches = [
+            packed_batch(config, rows, length=12, places=2),
+            packed_batch(config, rows, length=16, places=3),
+        ]
     else:
         batches = [image_batch(config, 4), image_batch(config, 4, space=(4, 12)), image_batch(config, 8)]
     for batch in batches:
@@ -159,7 +166,11 @@ def batches_of(name: str, config: DiffusionConfig) -> list[dict[str, Any]]:
     ("name", "parallel", "words"),
     [
         ("dimsum", {"pp": 2}, r"parallel.pp=2 with model.shared_block_every=2.*use parallel.pp=1 or"),
-        ("dimsum", {"tp": 4}, r"parallel.tp=4 does not divide half of model.attention.num_heads.*=2; use 1 or 2"),
+        (
+            "dimsum",
+            {"tp": 4},
+            r"parallel.tp=4 does not divide half of model.attention.num_heads.*=2; use 1 or 2",
+        ),
         ("dit", {"tp": 3}, "parallel.tp=3 does not divide model.attention.num_heads=4; use 1, 2 or 4"),
         ("dit", {"pp": 5}, "parallel.pp=5 exceeds model.num_layers=4"),
         ("zigma", {"tp": 5}, "parallel.tp=5 does not divide"),
@@ -177,5 +188,5 @@ def test_heads_of_a_shared_block_count_too() -> None:
     config = shrunk(
         "zigma", "model.shared_block_every=2", "model.attention={num_heads: 6, num_kv_heads: 2, bias: true}"
     ).model
-    with pytest.raises(ValueError, match="parallel.tp=4 does not divide model.attention.num_heads=6"):
+    with pytest.raises(ValueError, match=r"parallel.tp=4 does not divide model.attention.num_heads=6"):
         Layout(ParallelConfig(tp=4)).check(config, seq_len=16, global_batch_size=8, micro_batch_size=2)

@@ -114,7 +114,8 @@ def test_fake_tensors_keep_what_real_ones_do_in_denoisers(name: str) -> None:
 
 
 def test_packed_rows_keep_modulations_of_every_token() -> None:
-    """Shift, scale and gate of two branches: at least 6 C values per token and block more than whole images."""
+    """Shift, scale and gate of two branches: at least 6 C values per token and block more than whole
+    images."""
     packed, whole = (shrunk("fit", *more) for more in ((), ("data.packing=null", "data.image_size=[8,12]")))
     counts = [describe(run).ranks[0].activation_bytes for run in (packed, whole)]
     assert counts[0] - counts[1] > 0.9 * 4 * 24 * 4 * 6 * 48
@@ -127,7 +128,9 @@ def test_denoisers_are_told_in_full() -> None:
         assert part in text
     assert "Model: diffusion, hidden size 48" in text and "twice its multiply-adds" in text
     assert description.forward_flops_per_sample == 16 * description.forward_flops_per_token
-    assert sum(part.parameters for part in description.parts) + sum(
-        len(block.layers) * block.parameters for block in description.blocks
-    ) == description.parameters
+    assert (
+        sum(part.parameters for part in description.parts)
+        + sum(len(block.layers) * block.parameters for block in description.blocks)
+        == description.parameters
+    )
     assert json.loads(json.dumps(description.to_json()))["parts"][0]["name"] == "patch_embedding"

@@ -132,7 +132,11 @@ def routed(name: str, rate: float) -> RunConfig:
     ("run", "layout", "words"),
     [
         (routed("dimsum", 0.5), "tp2", "train.tread leaves tokens out of blocks 1 to 2, where dimsum stands"),
-        (routed("dit", 0.45), "tp2", r"parallel.tp=2 does not divide the 9 of 16 tokens that train.tread.rate=0.45"),
+        (
+            routed("dit", 0.45),
+            "tp2",
+            r"parallel.tp=2 does not divide the 9 of 16 tokens that train.tread.rate=0.45",
+        ),
         (shrunk("dimsum"), "pp2", "model.shared_block_every=2.*use parallel.pp=1"),
         (shrunk("fit"), "tp3", "parallel.tp=3 does not divide model.attention.num_heads=4"),
         (
@@ -155,8 +159,8 @@ def test_kept_tokens_need_not_be_divided_without_sequence_parallelism() -> None:
 
 def test_images_for_a_language_model_are_refused() -> None:
     run = load("configs/lm/tiny.yaml").model_copy(update={"data": shrunk("dit").data})
-    with pytest.raises(ValueError, match="data.kind=images does not serve model.family=lm"):
+    with pytest.raises(ValueError, match=r"data.kind=images does not serve model.family=lm"):
         verify(run, ["tp2"], synthetic=True)
     run = shrunk("dit").model_copy(update={"data": load("configs/lm/tiny.yaml").data})
-    with pytest.raises(ValueError, match="data: is text .*model.family=diffusion"):
+    with pytest.raises(ValueError, match=r"data: is text .*model.family=diffusion"):
         verify(run, ["tp2"], synthetic=True)
