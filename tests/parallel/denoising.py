@@ -45,7 +45,14 @@ def alone(config: models.DiffusionConfig) -> models.DiffusionModel:
     return model
 
 
-def under(config: models.DiffusionConfig, parallel: ParallelConfig, rows: int, tokens: int) -> ParallelModel:
+def under(
+    config: models.DiffusionConfig,
+    parallel: ParallelConfig,
+    rows: int,
+    tokens: int,
+    dtype: torch.dtype = torch.float64,
+    autocast: torch.dtype | None = None,
+) -> ParallelModel:
     """The same model on this rank of a layout, for micro-batches of two rows."""
     layout = Layout(parallel)
     model = parallelize(
@@ -53,7 +60,8 @@ def under(config: models.DiffusionConfig, parallel: ParallelConfig, rows: int, t
         parallel,
         mesh=build_mesh(layout, "cpu"),
         device=torch.device("cpu"),
-        dtype=torch.float64,
+        dtype=dtype,
+        autocast_dtype=autocast,
         seed=SEED,
         seq_len=tokens,
         micro_batch_size=2,
@@ -116,6 +124,30 @@ def work_under(
         seen["norms"].append(float(model.grad_norm()))
         model.zero_grad()
     return seen
+
+
+def autocast_step(
+    config: models.DiffusionConfig, parallel: ParallelConfig, tokens: int, batch: Batch, autocast: bool
+) -> dict[str, Any]:
+    """A training step over fp32 parameters, with matrix products in bfloat16 if asked for."""
+    batch = {
+        name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in batch.items()
+    }
+    rows = batch["x"].shape[0]
+    dtype = torch.bfloat16 if autocast else None
+    model = under(config, parallel, rows, tokens, torch.float32, dtype)
+    loss = model.forward_backward(
+        [cut(batch, slice(start, start + 2)) for start in range(0, rows, 2)], squares
+    )
+    model.reduce_gradients()
+    dtypes = {p.grad.dtype for _, p in model.named_parameters() if p.grad is not None}
+    predicted = model.predict({name: value for name, value in batch.items() if name != "targets"})
+    return {
+        "loss": float(model.sum_over_data(loss.double())),
+        "norm": float(model.grad_norm()),
+        "dtypes": dtypes | {predicted.dtype},
+    }
 
 
 def cut(batch: Batch, rows: slice) -> Batch:
