@@ -195,8 +195,9 @@ def run_round(
             started[runner.name] = stack.enter_context(_started(runner, threads, folder))
             started[runner.name].hear()
         seconds: dict[str, list[float]] = {name: [] for name in started}
-        for _ in range(repeats):
-            for name, process in started.items():
+        for turn in range(repeats):
+            # Who comes after whom shall not matter either.
+            for name, process in reversed(started.items()) if turn % 2 else started.items():
                 process.turn()
                 seconds[name].append(process.hear())
         results = {}

@@ -14,11 +14,12 @@ from triptych.training.sections import RunSections, lengths, tokens_per_sample
 
 def check(run: RunSections) -> None:
     """Raise ValueError for sections that do not go together; reads the headers of the data."""
-    check_data(run)
+    check_sections(run)
     if not isinstance(run.model, DiffusionConfig):
         for key, value in (("train.tread", run.train.tread), ("log.images", run.log.images)):
             if value is not None:
                 raise ValueError(f"{key} is for denoisers, and model.family={run.model.family}; remove it")
+    check_data(run)
     build_objective(run)
     if run.log.images is not None:
         check_grids(run)
