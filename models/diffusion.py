@@ -235,7 +235,9 @@ class DiffusionModel(nn.Module):
             trained = config.rope_scaling.trained or config.grid
             theta = config.attention.rope_theta
             kind = config.rope_scaling.kind
-            rope = axial_rope(config.head_dim, theta, grid or trained, trained, kind, x.device)
+            # Packed rows are trained unscaled at any aspect, and so is a grid of no more tokens.
+            now = grid if grid is not None and math.prod(grid) > math.prod(trained) else trained
+            rope = axial_rope(config.head_dim, theta, now, trained, kind, x.device)
         return Context(
             cu_seqlens=cu_seqlens,
             positions=positions,

@@ -43,7 +43,8 @@ class RopeScalingConfig(Section):
     """none: positions go on as they are. ntk: a larger base (arXiv 2402.12376). yarn: low frequencies are
     stretched, high ones kept (arXiv 2309.00071)."""
     trained: tuple[int, ...] | None = None
-    """Largest grid in training, in tokens; unset: the grid of input_size."""
+    """Largest grid in training, in tokens; unset: the grid of input_size. A grid of no more tokens than that,
+    at whatever aspect, is taken as trained."""
 
 
 class DiffusionConfig(ModelConfig):

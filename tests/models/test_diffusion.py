@@ -103,6 +103,22 @@ def test_packed_rows_are_each_image_alone(pattern: list[str]) -> None:
     assert torch.equal(changed[:, :10], found[:, :10])
 
 
+@pytest.mark.parametrize("kind", ["ntk", "yarn"])
+def test_positions_are_scaled_for_more_tokens_than_were_trained_alone(kind: str) -> None:
+    """An image of another aspect and no more tokens is what packed rows have it to be in training."""
+    scaled = denoiser_config(
+        position="rope", attention={"num_heads": 2}, rope_scaling={"kind": kind, "trained": [4, 4]}
+    )
+    config = scaled.model_copy(update={"rope_scaling": denoiser_config().rope_scaling})
+    model, plain = build_denoiser(scaled), build_denoiser(config)
+    batch = packed_batch(scaled, [[(2, 8)]], length=16, places=1)
+    alone = model(unpatchify(batch["x"], (2, 8), 2), times=batch["times"][:, 0], labels=batch["labels"][:, 0])
+    assert largest_difference(run(model, batch), patchify(alone, 2)) < TOLERANCE
+    for space, same in (((4, 16), True), ((8, 8), True), ((6, 16), False), ((16, 8), False)):
+        found = [run(each, image_batch(scaled, space=space)) for each in (model, plain)]
+        assert torch.equal(*found) == same, space
+
+
 def test_more_padding_and_more_places_change_nothing() -> None:
     config = denoiser_config(position="rope", attention={"num_heads": 2})
     model = build_denoiser(config)

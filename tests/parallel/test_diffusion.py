@@ -59,14 +59,11 @@ def test_layouts_are_the_same_training(name: str, routed: bool, layouts: list[st
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("routed", [False, True], ids=["whole", "tread"])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", [name for name in BACKBONES if not name.startswith("demo")])
 def test_every_backbone_on_every_layout(name: str, routed: bool) -> None:
-    layouts = ["tp2", "pp2", "dp_shard2", "tp2.pp2"]
-    layouts += ["tp2+nosp", "tp4+selective", "tp2.pp2.dp_shard2+selective", "pp2+full", "dp_replicate2+full"]
+    layouts = ["tp2", "pp2", "dp_shard2", "tp2.pp2", "tp2.pp2.dp_shard2+selective"]
     if name == "dimsum":
-        layouts = [layout for layout in layouts if "pp" not in layout and "tp4" not in layout]
-    if name == "fit":
-        layouts.remove("tp4+selective")
+        layouts = [layout for layout in layouts if "pp" not in layout]
     assert_same(run_of(name, routed), layouts)
 
 
