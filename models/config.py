@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from triptych.models.init import Init, Normal, Xavier
+from triptych.models.moe_config import AttentionMoEConfig, MoEConfig, ProductKeysConfig
 from triptych.models.registry import CHARACTERS, FEEDFORWARD_CHARACTER, FEEDFORWARDS, MIXERS, NONE
 from triptych.models.sections import (
     AttentionConfig,
@@ -70,6 +71,12 @@ class ModelConfig(Section):
     """Of the blocks with DiMSUM's mixer."""
     ffn: FFNConfig = FFNConfig()
     """Of the blocks with a feed-forward."""
+    moe: MoEConfig = MoEConfig()
+    """Of the blocks with feed-forward moe."""
+    attention_moe: AttentionMoEConfig = AttentionMoEConfig()
+    """Of the blocks with attention_moe."""
+    product_keys: ProductKeysConfig = ProductKeysConfig()
+    """Of the blocks with feed-forward product_keys."""
     scan: ScanConfig | None = None
     """How mamba1 and mamba2 go through an image; language models have none."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
@@ -99,7 +106,7 @@ class ModelConfig(Section):
             return rest
         if not isinstance(sizes.get(size), dict):
             raise ValueError(f"model.size={size!r} is not among model.sizes; use one of {', '.join(sizes)}")
-        return _beneath(sizes[size], rest)
+        return beneath(sizes[size], rest)
 
     @model_validator(mode="after")
     def _check_pattern(self) -> ModelConfig:
@@ -123,11 +130,33 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.ffn.kind={self.ffn.kind!r} is unknown; use one of {_names(FEEDFORWARDS)}"
             )
+        return self._repeated(self.num_layers)
+
+    def _repeated(self, count: int) -> list[LayerSpec]:
+        """The pattern, repeated over `count` blocks."""
         if isinstance(self.pattern, str):
             items = [_parse_character(char, self.pattern, self.ffn.kind) for char in self.pattern]
         else:
             items = [_parse_item(item, self.ffn.kind) for item in self.pattern]
-        return [items[layer % len(items)] for layer in range(self.num_layers)]
+        return [items[layer % len(items)] for layer in range(count)]
+
+    @property
+    def stage_configs(self) -> tuple[ModelConfig, ...]:
+        """The configuration of each stage of blocks; one outside hierarchical backbones."""
+        return (self,)
+
+    def stage_of(self, layer: int) -> int:
+        """Number of the stage that block `layer` is in."""
+        return 0
+
+    def length_at(self, layer: int, length: int) -> int:
+        """Tokens that block `layer` sees of a sequence that begins with `length`."""
+        return length
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Tasks that rows may belong to, in the order of their numbers."""
+        return ("",)
 
     @property
     def rope_axes(self) -> int:
@@ -192,12 +221,12 @@ def require_divides(divisor_key: str, divisor: int, number_key: str, number: int
         raise ValueError(f"{divisor_key}={divisor} does not divide {number_key}={number}; use one of {use}")
 
 
-def _beneath(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def beneath(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` over `base`, mappings key by key."""
     merged = {**base, **values}
     for key in base.keys() & values.keys():
         if isinstance(base[key], Mapping) and isinstance(values[key], Mapping):
-            merged[key] = _beneath(base[key], values[key])
+            merged[key] = beneath(base[key], values[key])
     return merged
 
 

@@ -5,8 +5,8 @@ Shape legend: B batch, T length of the whole sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -32,6 +32,10 @@ class Context:
     memory: (B, L, C), the embedded text. conditioning: (B, G, C), what modulates the blocks: one vector per
     image, of which a row holds G. images: int64 (B, T), which of the G a token belongs to; None: G is 1.
     shared_modulation: (B, G, 6 C), what low-rank modulations have in common.
+
+    Of routers alone: tasks: int64 (B,), the task of each row; None: there is one. padding: bool (B, T), tokens
+    that stand for nothing and go to no expert; None: none do. routing: what routers decided in this pass, by
+    their names, so that recomputation repeats it.
     """
 
     cu_seqlens: torch.Tensor | None = None
@@ -45,6 +49,9 @@ class Context:
     conditioning: torch.Tensor | None = None
     images: torch.Tensor | None = None
     shared_modulation: torch.Tensor | None = None
+    tasks: torch.Tensor | None = None
+    padding: torch.Tensor | None = None
+    routing: dict[str, Any] = field(default_factory=dict)
 
     def positions_of(self, length: int, device: torch.device) -> torch.Tensor:
         """Positions (B, T), or (T,) where all rows have the same ones."""

@@ -12,7 +12,10 @@ dotted child parameter -> how it is cut. What stands in no table is replicated. 
 Outside the regions, under sequence parallelism, the stream between blocks is cut along T. A module there that
 needs more than one token at a time, or stands at an end of the stream, carries `sequence`: "whole", its
 inputs are gathered in front and its output cut behind; "enter", its output is cut; "leave", its output is
-gathered.
+gathered; "exit", its inputs are gathered and its output is whole on every rank.
+
+Parameters stacked over experts, (E, ...), stand in modules with `expert_parallel = True`, which send rows to
+the ranks that hold their experts by `self.exchange`. What needs sums over the global batch has `self.batch`.
 
 Modules infer their local numbers of heads, groups, channels and rows from their parameters' shapes, so
 one with cut weights needs to be told nothing else.
@@ -20,12 +23,25 @@ one with cut weights needs to be told nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-CutKind = Literal["column", "row", "row_bias", "kv_heads", "groups", "vocab", "replicate"]
+CutKind = Literal[
+    "column",
+    "row",
+    "row_bias",
+    "kv_heads",
+    "groups",
+    "vocab",
+    "replicate",
+    "experts",
+    "expert_column",
+    "expert_row",
+    "expert_row_bias",
+]
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,8 @@ class Cut:
 
     column: dim 0 in tp equal parts. row: dim 1 in tp equal parts. vocab: dim 0, rows of the vocabulary.
     row_bias: the bias of a row-cut linear: whole, added by one rank only.
+    experts: dim 0, stacked experts, over ep alone. expert_column, expert_row: dim 0 likewise, and dim 1 or 2
+    in tp equal parts. expert_row_bias: as experts, added by one tp rank only.
     kv_heads, groups: dim 0 in whole heads or groups, of which there are `count`; where tp > count the
     tensor is replicated, and rank r uses the rows of head or group r // (tp // count).
     """
@@ -53,6 +71,10 @@ ROW = Cut("row")
 ROW_BIAS = Cut("row_bias")
 VOCAB = Cut("vocab")
 REPLICATE = Cut("replicate")
+EXPERTS = Cut("experts")
+EXPERT_COLUMN = Cut("expert_column")
+EXPERT_ROW = Cut("expert_row")
+EXPERT_ROW_BIAS = Cut("expert_row_bias")
 
 
 class Shards:
@@ -74,4 +96,45 @@ class Shards:
 
     def max(self, x: torch.Tensor) -> torch.Tensor:
         """Elementwise maximum of x over the shards; same shape and dtype on every shard."""
+        return x
+
+
+class Sent(NamedTuple):
+    """Rows where their experts are.
+
+    rows: (M, C), sorted by the experts held. counts: int64 (experts held,). back: (M, D) -> (A, D), the
+    experts' outputs to where the rows came from.
+    """
+
+    rows: torch.Tensor
+    counts: torch.Tensor
+    back: Callable[[torch.Tensor], torch.Tensor]
+
+
+class Exchange:
+    """Sends rows to the ranks that hold their experts; on one device they stay. count: number of ranks."""
+
+    count: int = 1
+    rank: int = 0
+
+    def there(self, rows_AC: torch.Tensor, counts_E: torch.Tensor) -> Sent:
+        """rows: (A, C), sorted by expert, of which there are counts_E, int64 (E,)."""
+        return Sent(rows_AC, counts_E, lambda rows: rows)
+
+
+class GlobalBatch:
+    """Verbs over the ranks that hold the other samples of a global batch; on one device they do nothing.
+
+    rank, count: of this rank among them. All are outside autograd.
+    """
+
+    count: int = 1
+    rank: int = 0
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum of x over the ranks; same shape on each."""
+        return x
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """x of all ranks, of one shape, joined along dim 0 in the order of the samples."""
         return x
