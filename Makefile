@@ -24,9 +24,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) --editable ".[digits]"
 	@touch $@
 
+# timm stands aside, for tests alone: PyPI's torchvision does not load beside a CPU build of torch, and where it is
+# installed transformers and diffusers import it.
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing triptych and its development extras into $(VENV) (about two minutes) ..."
 	$(PIP_INSTALL) --editable ".[dev,digits,hf,megatron]"
+	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/timm timm torchvision
 	@touch $@ $(VENV)/.installed
 
 install: $(VENV)/.installed

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from triptych.data_pipeline.images.digits import build_digits
     from triptych.data_pipeline.images.folder import build_image_folder
     from triptych.data_pipeline.images.latents import build_latents
-    from triptych.data_pipeline.images.needs import ImageNeeds
+    from triptych.data_pipeline.images.needs import ImageNeeds, TaskNeeds
     from triptych.data_pipeline.images.options import DigitsOptions, ImageFolderOptions, LatentsOptions
     from triptych.data_pipeline.images.streaming import StreamedImages
     from triptych.data_pipeline.indexed import IndexedTokens, IndexedWriter, best_dtype
@@ -48,6 +48,7 @@ _HOME = {
     "build_image_folder": "images.folder",
     "build_latents": "images.latents",
     "ImageNeeds": "images.needs",
+    "TaskNeeds": "images.needs",
     "DigitsOptions": "images.options",
     "ImageFolderOptions": "images.options",
     "LatentsOptions": "images.options",
@@ -91,6 +92,7 @@ __all__ = [
     "SequentialDataset",
     "SourceConfig",
     "StreamedImages",
+    "TaskNeeds",
     "TextCorpusOptions",
     "TextTokenizer",
     "best_dtype",

@@ -67,8 +67,19 @@ def text(
 
 @app.command()
 def digits(
-    out: Annotated[Path, typer.Option(help="Directory of the shards.")] = Path("data/digits"),
-    size: Annotated[int, typer.Option(help="Edge of the images in pixels, from 8.")] = 8,
+    task: Annotated[
+        str,
+        typer.Option(help="classify: single digits; detect, segment: several to an image, boxes or masks."),
+    ] = "classify",
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the shards; default: data/digits, data/digits-TASK.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Edge of the images in pixels; default: 8, or 32 for several digits.")
+    ] = None,
+    train_images: Annotated[int, typer.Option(help="Images of several digits to train on.")] = 3000,
+    valid_images: Annotated[int, typer.Option(help="Images of several digits held out.")] = 500,
+    seed: Annotated[int, typer.Option(help="Of the images of several digits.")] = 0,
     shards: Annotated[int, typer.Option(help="Shards of the training split.")] = 4,
     valid_share: Annotated[float, typer.Option(help="Share of each class held out.")] = 0.2,
     overwrite: Overwrite = False,
@@ -79,11 +90,16 @@ def digits(
     \b
     triptych data digits --out data/digits
     triptych data digits --size 32 --out data/digits-32
+    triptych data digits --task detect --out data/digits-detect
+    triptych data digits --task segment --out data/digits-segment
     """
     from triptych.launcher import corpora
 
-    options = {"out": str(out), "size": size, "shards": shards, "valid_share": valid_share}
-    corpora.images("digits", {**options, "overwrite": overwrite}, as_json=as_json)
+    options: dict[str, Any] = {"task": task, "train_images": train_images, "valid_images": valid_images}
+    options |= {"seed": seed, "shards": shards, "valid_share": valid_share, "overwrite": overwrite}
+    options |= {"out": str(out)} if out is not None else {}
+    options |= {"size": size} if size is not None else {}
+    corpora.images("digits", options, as_json=as_json)
 
 
 @app.command()

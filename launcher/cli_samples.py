@@ -123,12 +123,14 @@ def evaluate(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Validation loss of a language model; FID, precision, recall and recognised share of images.
+    """Validation loss of a language model; FID, precision, recall and recognised share of images; top-1, mIoU
+    and mAP of a vision model's tasks.
 
     \b
     triptych evaluate runs/demo --baseline
     triptych evaluate runs/demo/checkpoints/step-00000100 --samples 256 --json
     triptych evaluate runs/digits --samples 500
+    triptych evaluate runs/vision
     triptych evaluate samples.npz --reference VIRTUAL_imagenet256.npz --extractor inception:weights.pth
     """
     from triptych.tools.trained import family_of
@@ -161,6 +163,18 @@ def evaluate(
         show(report, as_json)
         return
     _refuse({"baseline": baseline or None}, "lm", family)
+    if family == "vision":
+        _refuse(
+            {**drawing, "batch_size": None, "reference": reference, "extractor": extractor, "seed": seed},
+            "diffusion",
+            family,
+        )
+        from triptych.tools.evaluate_vision import evaluate_vision
+
+        size = 32 if batch_size is None else batch_size
+        vision = evaluate_vision(path, samples=samples, batch_size=size, device=device, progress=to_stderr)
+        show(vision, as_json)
+        return
     from triptych.launcher.ray_sample import sample as draw
     from triptych.tools.evaluate_run import CLASSIFIER, evaluate_run
 

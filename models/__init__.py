@@ -17,6 +17,7 @@ from triptych.models.generate import generate
 from triptych.models.init import fill, init_table, initialize
 from triptych.models.lm import LanguageModel
 from triptych.models.sharding import Cut, Shards
+from triptych.models.vision_config import VisionConfig
 
 __all__ = [
     "AnyModelConfig",
@@ -30,6 +31,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Shards",
+    "VisionConfig",
     "build",
     "feedforwards",
     "fill",

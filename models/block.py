@@ -138,5 +138,7 @@ def build_blocks(config: ModelConfig, layers: range | None) -> Blocks:
     layers = range(config.num_layers) if layers is None else layers
     if len(layers) and not 0 <= min(layers) <= max(layers) < config.num_layers:
         raise ValueError(f"layers={layers} leaves the model; it has model.num_layers={config.num_layers}")
-    specs = config.layer_specs()
-    return Blocks({str(layer): Block(config, specs[layer], layer) for layer in layers})
+    specs, stages = config.layer_specs(), config.stage_configs
+    return Blocks(
+        {str(layer): Block(stages[config.stage_of(layer)], specs[layer], layer) for layer in layers}
+    )

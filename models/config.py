@@ -17,8 +17,10 @@ from triptych.models.sections import (
     FFNConfig,
     Mamba1Config,
     Mamba2Config,
+    MLSTMConfig,
     ScanConfig,
     Section,
+    SS2DConfig,
     WKVConfig,
 )
 
@@ -69,6 +71,10 @@ class ModelConfig(Section):
     """Of the blocks with WKV."""
     dimsum: DimsumConfig = DimsumConfig()
     """Of the blocks with DiMSUM's mixer."""
+    ss2d: SS2DConfig = SS2DConfig()
+    """Of the blocks with VMamba's cross scan."""
+    mlstm: MLSTMConfig = MLSTMConfig()
+    """Of the blocks with mLSTM."""
     ffn: FFNConfig = FFNConfig()
     """Of the blocks with a feed-forward."""
     moe: MoEConfig = MoEConfig()
@@ -78,7 +84,7 @@ class ModelConfig(Section):
     product_keys: ProductKeysConfig = ProductKeysConfig()
     """Of the blocks with feed-forward product_keys."""
     scan: ScanConfig | None = None
-    """How mamba1 and mamba2 go through an image; language models have none."""
+    """How mamba1, mamba2 and mlstm go through an image; language models have none."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Norm before mixers, feed-forwards and the head, and of attention's qk_norm; layernorm has a bias."""
     norm_affine: bool = True

@@ -35,11 +35,13 @@ def parameter_count(config: ModelConfig) -> dict[str, Any]:
     blocks = []
     for block in model.blocks.values():
         mixer, ffn, total = _size(block.mixer), _size(block.ffn), _size(block)
-        count = BlockCount(block.layer, block.kind, mixer, ffn, total - mixer - ffn, total, active=total)
-        blocks.append(asdict(count))
+        idle = sum(_size(part) - part.active_parameters() for part in _sparse(block))
+        other = total - mixer - ffn
+        blocks.append(asdict(BlockCount(block.layer, block.kind, mixer, ffn, other, total, total - idle)))
     parts = {name: _size(part) for name, part in _parts(model).items()}
     total = sum(parts.values()) + sum(block["total"] for block in blocks)
-    return {"total": total, "active": total, "parts": parts, "per_block": blocks}
+    active = total - sum(block["total"] - block["active"] for block in blocks)
+    return {"total": total, "active": active, "parts": parts, "per_block": blocks}
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> dict[str, Any]:
@@ -68,6 +70,11 @@ def build_on_meta(config: ModelConfig) -> Model:
 def _parts(model: Model) -> dict[str, Any]:
     """What stands outside the blocks."""
     return {name: part for name, part in model.named_children() if name != "blocks"}
+
+
+def _sparse(block: Any) -> list[Any]:
+    """The mixer and feed-forward of a block, where they route tokens to experts."""
+    return [part for part in (block.mixer, block.ffn) if hasattr(part, "active_parameters")]
 
 
 def _size(module: nn.Module | None) -> int:

@@ -68,6 +68,7 @@ class DiffusionModel(nn.Module):
     """
 
     main_input: ClassVar[str] = "x"
+    several_outputs: ClassVar[bool] = False
     targets_inside: ClassVar[bool] = False
 
     def __init__(
@@ -95,6 +96,11 @@ class DiffusionModel(nn.Module):
         self.last_conv = LocalConv(config) if last and config.local_convs else None
         self.head = DenoiserHead(config) if last else None
         salt_dropouts(self)
+
+    @property
+    def exit(self) -> Any:
+        """What stands behind the last block, None in other stages."""
+        return self.head
 
     def uses(self, part: str) -> int:
         """How often a forward pass goes through a part outside the blocks."""

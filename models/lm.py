@@ -30,6 +30,7 @@ class LanguageModel(nn.Module):
     """
 
     main_input: ClassVar[str] = "tokens"
+    several_outputs: ClassVar[bool] = False
     targets_inside: ClassVar[bool] = True
 
     def __init__(
@@ -47,6 +48,11 @@ class LanguageModel(nn.Module):
         self.norm = build_norm(config) if last else None
         self.head = Head(config) if last else None
         salt_dropouts(self)
+
+    @property
+    def exit(self) -> Any:
+        """What stands behind the last block, None in other stages."""
+        return self.head
 
     def uses(self, part: str) -> int:
         """How often a forward pass goes through a part outside the blocks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -36,19 +37,23 @@ class RouterConfig(Section):
     num_experts: int = Field(default=8, ge=1)
     """Full experts of a layer; low-rank and identity ones come on top."""
     num_experts_of: dict[int, int] = Field(default={})
-    """Full experts of single layers, by their number, where it is another than num_experts (as after pruning)."""
+    """Full experts of single layers, by their number, where it is another than num_experts (as after
+    pruning)."""
     top_k: int = Field(default=2, ge=1)
     """Experts of a token."""
     router: Literal["softmax", "noisy", "sigmoid", "expert_choice"] = "softmax"
-    """softmax: the k largest probabilities. noisy: the same of logits with noise in training (V-MoE). sigmoid:
+    """softmax: the k largest probabilities. noisy: the same of logits with noise in training (V-MoE).
+    sigmoid:
     scores by themselves, chosen with a bias that evens out the load without a loss (arXiv 2408.15664).
     expert_choice: each expert takes its best tokens of the batch (arXiv 2202.09368)."""
     per_task: bool = False
-    """Each task has gate weights of its own, zero at first."""
+    """Each task has gate weights of its own, zero at first. Ties go to the first experts, so that router:
+    noisy or a loss must tell them apart."""
     noise_std: float | None = Field(default=None, ge=0)
-    """For noisy: of the logits; unset: 1 / number of experts."""
-    normalize: bool = True
-    """The weights of a token's experts sum to 1."""
+    """For noisy: of the logits, in training; unset: 1 / number of experts (V-MoE)."""
+    normalize: bool | None = None
+    """The weights of a token's experts sum to 1; unset: true, except with top_k 1, where the one weight would
+    teach the router nothing, and with expert_choice."""
     scale: float = Field(default=1.0, gt=0)
     """Factor on those weights."""
     bias_rate: float = Field(default=1e-3, ge=0)
@@ -63,7 +68,8 @@ class RouterConfig(Section):
     losses: BalanceConfig = BalanceConfig()
     """What keeps experts busy."""
     visible: dict[str, int] = Field(default={})
-    """By task: only so many of the first experts may be chosen; unset: all (see `triptych experts add-task`)."""
+    """By task: only so many of the first experts may be chosen; unset: all (see `triptych experts
+    add-task`)."""
 
 
 class ExpertConfig(Section):
@@ -94,8 +100,8 @@ class MoEConfig(RouterConfig):
     shared_experts: int = Field(default=0, ge=0)
     """Experts that every token meets, as one feed-forward of so many times the inner channels."""
     residual: bool = False
-    """A dense feed-forward of an expert's size beside the experts; a learned pair of weights per token mixes the
-    two (DeepSpeed-MoE, arXiv 2201.05596)."""
+    """A dense feed-forward of an expert's size beside the experts; a learned pair of weights per token mixes
+    the two (DeepSpeed-MoE, arXiv 2201.05596)."""
 
     @model_validator(mode="after")
     def _one_beside(self) -> MoEConfig:
@@ -139,10 +145,11 @@ class ProductKeysConfig(Section):
     @classmethod
     def _square(cls, values: Any) -> Any:
         number = values.get("num_experts") if isinstance(values, dict) else None
-        if isinstance(number, int) and number > 0 and round(number**0.5) ** 2 != number:
-            edge = round(number**0.5)
+        if isinstance(number, int) and number > 0 and math.isqrt(number) ** 2 != number:
+            edge = math.isqrt(number)
+            below, above = edge**2, (edge + 1) ** 2
             raise ValueError(
-                f"model.product_keys.num_experts={number} is not a square, so keys would miss some experts; use "
-                f"{edge**2} or {(edge + 1) ** 2}"
+                f"model.product_keys.num_experts={number} is not a square, so keys would miss some experts; "
+                f"use {below} or {above}"
             )
         return values

@@ -1,4 +1,4 @@
-"""The two ends of a denoiser: patches to tokens, tokens to patches.
+"""Patches to tokens, and in a denoiser tokens to patches.
 
 Shape legend: B batch, T length, C hidden size, P values of a patch, channel-major, A axes of the grid.
 """
@@ -18,23 +18,27 @@ from triptych.models.init import ZEROS, Init, Normal, Xavier
 from triptych.models.linear import Linear, unset
 from triptych.models.norms import build_norm
 from triptych.models.positions import grid_positions, sincos
+from triptych.models.vision_config import VisionConfig
 
 
-def patchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """(B, channels, *space) -> tokens (B, T, P) in raster order, P = channels * patch_size ** axes.
+def patchify(x: torch.Tensor, patch_size: int | tuple[int, ...]) -> torch.Tensor:
+    """(B, channels, *space) -> tokens (B, T, P) in raster order, P = channels times the product of the sizes.
+
+    patch_size: along every axis, or one for each.
 
     Raises ValueError for a size that patch_size does not divide.
     """
     space = x.shape[2:]
-    for axis, size in enumerate(space):
-        if size % patch_size:
+    patches = patch_size if isinstance(patch_size, tuple) else (patch_size,) * len(space)
+    for axis, (size, patch) in enumerate(zip(space, patches)):
+        if size % patch:
             raise ValueError(
                 f"an input of size {list(space)} is not divisible by model.patch_size={patch_size} "
                 f"along axis {axis}; resize or crop it, or use a patch_size that divides {size}"
             )
-    for axis in range(len(space)):
+    for axis, patch in enumerate(patches):
         # The split of an axis into (grid, patch) leaves the axes before it as they are.
-        x = x.unflatten(2 + 2 * axis, (-1, patch_size))
+        x = x.unflatten(2 + 2 * axis, (-1, patch))
     axes = range(len(space))
     x = x.permute(0, *(2 + 2 * axis for axis in axes), 1, *(3 + 2 * axis for axis in axes))
     return x.flatten(1, len(space)).flatten(2)
@@ -56,7 +60,7 @@ class PatchEmbedding(nn.Module):
 
     sequence = "enter"
 
-    def __init__(self, config: DiffusionConfig) -> None:
+    def __init__(self, config: DiffusionConfig | VisionConfig) -> None:
         super().__init__()
         self.proj = Linear(config.in_channels * config.patch_elements, config.hidden_size)
         self.position = config.position

@@ -106,6 +106,40 @@ class WKVConfig(Section):
     """quad: a quarter of the channels each comes from the four neighbours on the grid; none: no shift."""
 
 
+class SS2DConfig(Section):
+    """VMamba's two-dimensional selective scan (arXiv 2401.10166)."""
+
+    state_size: int = Field(default=1, ge=1)
+    """Size N of the state per channel."""
+    expand: float = Field(default=2.0, gt=0)
+    """Inner channels = expand * hidden_size."""
+    dt_rank: int | None = Field(default=None, ge=1)
+    """Rank of the projection of the time step; unset: hidden_size / 16, rounded up."""
+    conv_kernel: int = Field(default=3, ge=1)
+    """Edge of the depthwise convolution over the grid, in tokens; odd."""
+    chunk_size: int = Field(default=32, ge=1)
+    """Tokens per chunk of the scan; changes speed and memory, never the result."""
+    dt_min: float = Field(default=0.001, gt=0)
+    """Smallest time step at initialisation."""
+    dt_max: float = Field(default=0.1, gt=0)
+    """Largest time step at initialisation."""
+
+
+class MLSTMConfig(Section):
+    """mLSTM of xLSTM (arXiv 2405.04517) in the block of Vision-LSTM (arXiv 2406.04303)."""
+
+    expand: float = Field(default=2.0, gt=0)
+    """Inner channels = expand * hidden_size."""
+    num_heads: int = Field(default=4, ge=1)
+    """Heads, each with a matrix for its memory; a divisor of the inner channels."""
+    conv_kernel: int = Field(default=4, ge=2)
+    """Taps of the causal convolution, in tokens."""
+    qkv_block: int = Field(default=4, ge=1)
+    """Queries, keys and values are projected within blocks of so many channels; a divisor of a head's."""
+    chunk_size: int = Field(default=64, ge=1)
+    """Tokens worked on by one matmul; changes speed and memory, never the result."""
+
+
 class DimsumConfig(Section):
     """DiMSUM's spatial and wavelet scans (arXiv 2411.04168)."""
 
@@ -114,7 +148,7 @@ class DimsumConfig(Section):
 
 
 class ScanConfig(Section):
-    """The orders in which scan mixers (mamba1, mamba2) visit the tokens of an image."""
+    """The orders in which scan mixers (mamba1, mamba2, mlstm) visit the tokens of an image."""
 
     orders: tuple[str, ...] = Field(default=("raster",), min_length=1)
     """Names of `models/scan_order.py`, such as raster, column+reverse, zigzag:3, window:4, hilbert."""

@@ -54,8 +54,9 @@ class VisionConfig(ModelConfig):
     family: Literal["vision"] = "vision"
     """Vision backbone."""
     timm: str | None = None
-    """Name of a timm backbone to take in place of stem and blocks, such as resnet18; then hidden_size and
-    num_layers are not given. Data sharding alone serves it."""
+    """Name of a timm backbone to take in place of stem and blocks, such as swin_tiny_patch4_window7_224; then
+    hidden_size and num_layers are not given, and classification reads what timm's own classifier would. It
+    has no batch norm, and data sharding alone serves it."""
     num_layers: int = Field(ge=1)
     """Blocks of all stages; with stages it may be left out."""
     in_channels: int = Field(default=3, ge=1)
@@ -65,10 +66,11 @@ class VisionConfig(ModelConfig):
     patch_size: int | tuple[int, ...] = Field(default=16)
     """Pixels per token along each axis; one number for all."""
     stem: Literal["patch", "conv"] = "patch"
-    """patch: a linear of each patch. conv: two overlapping 3 x 3 convolutions of stride 2 (VMamba), patch_size
-    4."""
+    """patch: a linear of each patch. conv: two overlapping 3 x 3 convolutions of stride 2 (VMamba),
+    patch_size 4."""
     stages: tuple[dict[str, Any], ...] = ()
-    """Hierarchical backbones: per stage `depth`, `hidden_size` and other keys of this section that differ, such
+    """Hierarchical backbones: per stage `depth`, `hidden_size` and other keys of this section that differ,
+    such
     as attention: {num_heads: 3}; each stage halves the grid of the one before. Empty: one stage."""
     downsample: Literal["conv", "merge"] = "conv"
     """Between stages. conv: 3 x 3 convolution of stride 2 and a norm; merge: norm and linear of 2 x 2 tokens
@@ -104,7 +106,7 @@ class VisionConfig(ModelConfig):
         if not isinstance(values, dict):
             return values
         if values.get("timm") is not None:
-            return {"hidden_size": 1, "num_layers": 1, "position": "none", **values}
+            return {"hidden_size": 1, "num_layers": 1, "position": "none", "class_token": True, **values}
         stages = values.get("stages") or ()
         if stages and all(isinstance(stage, dict) and "depth" in stage for stage in stages):
             values = {"num_layers": sum(int(stage["depth"]) for stage in stages), **values}
@@ -173,8 +175,8 @@ class VisionConfig(ModelConfig):
         for stage in range(1, len(self.stages)):
             if any(size % 2 for size in self.grid_of(stage - 1)):
                 raise ValueError(
-                    f"model.stages[{stage}] halves the grid {list(self.grid_of(stage - 1))} of the stage before "
-                    f"it, which is odd; change model.input_size={list(self.input_size)} or drop stages"
+                    f"model.stages[{stage}] halves the grid {list(self.grid_of(stage - 1))} of the stage "
+                    f"before it, which is odd; change model.input_size={list(self.input_size)} or drop stages"
                 )
         if self.stages and len(self.grid) != 2:
             raise ValueError(
@@ -217,12 +219,19 @@ class VisionConfig(ModelConfig):
                 )
 
     def _check_timm(self) -> VisionConfig:
-        if self.stages or self.num_prefix_tokens or self.task_embedding:
+        if self.stages or self.registers or self.task_embedding or not self.class_token:
             raise ValueError(
                 f"model.timm={self.timm} brings its own tokens and stages; remove stages, class_token, "
                 "registers and task_embedding"
             )
         return self
+
+    @functools.cached_property
+    def _timm_shape(self) -> Any:
+        """Channels and grids that a backbone of timm gives."""
+        from triptych.models.timm_backbone import timm_shape
+
+        return timm_shape(self)
 
     def layer_specs(self) -> list[LayerSpec]:
         """The pattern over all blocks; it begins anew with each stage."""
@@ -236,6 +245,9 @@ class VisionConfig(ModelConfig):
     @functools.cached_property
     def stage_configs(self) -> tuple[VisionConfig, ...]:  # type: ignore[override]
         """The configuration of each stage: its own sizes, this one's number of layers."""
+        if self.timm is not None:
+            sizes = [{"hidden_size": size, "stage": n} for n, size in enumerate(self._timm_shape.channels)]
+            return tuple(self.model_copy(update=size) for size in sizes)
         if not self.stages:
             return (self,)
         base = self.model_dump(exclude_unset=True, exclude={"stages", "hidden_size", "num_layers"})
@@ -281,7 +293,9 @@ class VisionConfig(ModelConfig):
 
     @property
     def patch_sizes(self) -> tuple[int, ...]:
-        """Pixels per token along each axis."""
+        """Pixels per token along each axis, in the first stage."""
+        if self.timm is not None and self.has_dense_tasks:
+            return tuple(size // cells for size, cells in zip(self.input_size, self._timm_shape.grids[0]))
         patch = self.patch_size
         return patch if isinstance(patch, tuple) else (patch,) * len(self.input_size)
 
@@ -316,9 +330,14 @@ class VisionConfig(ModelConfig):
 
 
 def _without_filled(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """`base` without the number of key-value heads that followed from a number of heads that `own` replaces."""
+    """`base` without the number of key-value heads that followed from a number of heads that `own`
+    replaces."""
     attention, mine = base.get("attention"), own.get("attention", {})
-    if not attention or "num_heads" not in mine or attention.get("num_kv_heads") != attention.get("num_heads"):
+    if (
+        not attention
+        or "num_heads" not in mine
+        or attention.get("num_kv_heads") != attention.get("num_heads")
+    ):
         return base
     kept = {key: value for key, value in attention.items() if key != "num_kv_heads"}
     return {**base, "attention": kept}

@@ -29,7 +29,8 @@ class ParallelConfig(BaseModel):
     cp: int = Field(1, ge=1)
     """Reserved for context parallelism; 1."""
     ep: int = Field(1, ge=1)
-    """Reserved for expert parallelism; 1."""
+    """Ranks among which the experts of a layer are divided. They are data ranks, neighbours in dp_shard and
+    then in dp_replicate, so ep takes no ranks of its own; what remains of dp_shard shards each expert."""
     sequence_parallel: bool = True
     """Also cut the activations between mixers and feed-forwards along the sequence, over tp."""
     recompute: Recompute = "none"
@@ -37,13 +38,21 @@ class ParallelConfig(BaseModel):
     names as cheap to compute and dear to keep; full: whole blocks."""
 
     @model_validator(mode="after")
-    def _reserved(self) -> ParallelConfig:
-        for key, what in (("cp", "context"), ("ep", "expert")):
-            degree = getattr(self, key)
-            if degree != 1:
-                raise ValueError(
-                    f"parallel.{key}={degree} is reserved: {what} parallelism is not built yet; use 1"
-                )
+    def _check(self) -> ParallelConfig:
+        if self.cp != 1:
+            raise ValueError(
+                f"parallel.cp={self.cp} is reserved: context parallelism is not built yet; use 1"
+            )
+        within = self.dp_shard % self.ep == 0
+        across = self.ep % self.dp_shard == 0 and self.dp_replicate % (self.ep // self.dp_shard) == 0
+        if not (within or across):
+            fitting = [n for n in range(1, self.dp + 1) if self.dp_shard % n == 0 or n % self.dp_shard == 0]
+            fitting = [n for n in fitting if self.dp % n == 0]
+            raise ValueError(
+                f"parallel.ep={self.ep} is folded over the {self.dp} data ranks (dp_replicate="
+                f"{self.dp_replicate} * dp_shard={self.dp_shard}) and does not divide them; use one of "
+                f"{', '.join(map(str, fitting))}, or more data ranks"
+            )
         return self
 
     @property
@@ -55,6 +64,16 @@ class ParallelConfig(BaseModel):
     def dp(self) -> int:
         """Ranks among which a global batch is divided."""
         return self.dp_replicate * self.dp_shard
+
+    @property
+    def expert_shard(self) -> int:
+        """Ranks that share each expert's parameters (FSDP2): what ep leaves of dp_shard."""
+        return max(1, self.dp_shard // self.ep)
+
+    @property
+    def expert_replicate(self) -> int:
+        """Groups of ranks that each hold all the experts."""
+        return self.dp // (self.ep * self.expert_shard)
 
     def degree(self, axis: str) -> int:
         """Number of shards along one axis of the mesh."""

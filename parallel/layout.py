@@ -57,8 +57,11 @@ class Layout:
         seq_len in tokens; batch sizes in samples (global_batch_size: of all ranks, per optimizer step).
         """
         self._check_batch(global_batch_size, micro_batch_size)
-        self._check_tensor(model, seq_len)
-        self._check_pipeline(model)
+        with torch.device("meta"):
+            whole = models.build(model)
+        self._check_tensor(model, seq_len, whole)
+        self._check_pipeline(model, whole)
+        self._check_experts(whole, global_batch_size, micro_batch_size)
 
     def _check_batch(self, global_batch_size: int, micro_batch_size: int) -> None:
         unit = self.dp_size * micro_batch_size
@@ -72,38 +75,60 @@ class Layout:
                 "or change train.micro_batch_size"
             )
 
-    def _check_tensor(self, model: ModelConfig, seq_len: int) -> None:
+    def _check_tensor(self, model: ModelConfig, seq_len: int, whole: nn.Module) -> None:
         tp = self.config.tp
         if tp == 1:
             return
-        mixers = {spec.mixer for spec in model.layer_specs()}
-        if getattr(model, "shared_block_every", 0):
-            mixers.add("attention")
-        heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
-        if mixers & {"attention", "cross_attention"}:
-            _require_divides(tp, "model.attention.num_heads", heads)
-            _require_groups(tp, "model.attention.num_kv_heads", kv_heads, heads)
-        if "dimsum" in mixers:
-            _require_divides(tp, "half of model.attention.num_heads (dimsum)", heads // 2)
-            _require_groups(tp, "half of model.attention.num_kv_heads (dimsum)", kv_heads // 2, heads // 2)
-        if "mamba2" in mixers:
-            heads = model.mamba2_num_heads
-            _require_divides(tp, "expand * hidden_size / head_dim (heads) of model.mamba2", heads)
-            _require_groups(tp, "model.mamba2.num_groups", model.mamba2.num_groups, heads)
+        for stage in model.stage_configs:
+            _check_mixers(tp, stage)
         if isinstance(model, LanguageConfig):
             _require_divides(tp, "model.vocab_size", model.vocab_size)
         if self.config.sequence_parallel:
-            key = "data.seq_len" if isinstance(model, LanguageConfig) else "tokens per sample"
-            _require_divides(tp, key, seq_len, "; or set parallel.sequence_parallel=false")
-        with torch.device("meta"):
-            whole = models.build(model)
+            self._check_sequence(model, seq_len)
         for name, module in whole.named_modules():
             if reason := getattr(module, "tp_refusal", None):
                 raise ValueError(f"parallel.tp={tp} does not serve {name}: {reason}; use parallel.tp=1")
         _check_tables(whole, tp)
 
-    def _check_pipeline(self, model: ModelConfig) -> None:
+    def _check_sequence(self, model: ModelConfig, seq_len: int) -> None:
+        """The tokens of every stage, and those of the grid alone, are cut in equal parts."""
+        key = "data.seq_len" if isinstance(model, LanguageConfig) else "tokens per sample"
+        mend = "; or set parallel.sequence_parallel=false"
+        _require_divides(self.config.tp, key, seq_len, mend)
+        if prefix := getattr(model, "num_prefix_tokens", 0):
+            _require_divides(self.config.tp, "tokens of the grid", seq_len - prefix, mend)
+        last = model.length_at(model.num_layers - 1, seq_len)
+        _require_divides(self.config.tp, "tokens of the last of model.stages", last, mend)
+
+    def _check_experts(self, whole: nn.Module, global_batch_size: int, micro_batch_size: int) -> None:
+        routers = [module for module in whole.modules() if getattr(module, "balanced", False)]
+        reason = next((router.one_pass for router in routers if router.one_pass), None)
+        passes = global_batch_size // (self.dp_size * micro_batch_size)
+        if reason and passes > 1:
+            raise ValueError(
+                f"{reason}, and train.micro_batch_size={micro_batch_size} on {self.dp_size} data rank(s) "
+                f"takes {passes} passes for train.global_batch_size={global_batch_size}; set "
+                f"train.micro_batch_size={global_batch_size // self.dp_size}"
+            )
+        ep = self.config.ep
+        if ep == 1:
+            return
+        stacked = {n: m for n, m in whole.named_modules() if getattr(m, "expert_parallel", False)}
+        if not stacked:
+            raise ValueError(
+                f"parallel.ep={ep} divides experts, and no block of model.pattern has any; use parallel.ep=1"
+            )
+        for name, module in stacked.items():
+            count = next(module.parameters()).shape[0]
+            if count % ep:
+                use = _listed(_divisors(count))
+                raise ValueError(f"parallel.ep={ep} does not divide the {count} experts of {name}; use {use}")
+
+    def _check_pipeline(self, model: ModelConfig, whole: nn.Module) -> None:
         pp = self.config.pp
+        for name, module in whole.named_modules() if pp > 1 else ():
+            if reason := getattr(module, "pp_refusal", None):
+                raise ValueError(f"parallel.pp={pp} does not serve {name}: {reason}; use parallel.pp=1")
         if pp > model.num_layers:
             raise ValueError(
                 f"parallel.pp={pp} exceeds model.num_layers={model.num_layers}: a stage would have no block; "
@@ -150,12 +175,34 @@ def cut_dim(cut: Cut, tp: int) -> int | None:
     """The dimension that is divided among tp ranks, or None when each rank holds the whole tensor."""
     if cut.kind in ("column", "vocab"):
         return 0
-    if cut.kind == "row":
+    if cut.kind in ("row", "expert_column"):
         return 1
+    if cut.kind == "expert_row":
+        return 2
     if cut.kind in ("kv_heads", "groups"):
         assert cut.count is not None, "kv_heads and groups are counted"
         return 0 if cut.count % tp == 0 else None
     return None
+
+
+def _check_mixers(tp: int, model: ModelConfig) -> None:
+    """The numbers of heads and groups of one stage."""
+    mixers = {spec.mixer for spec in model.layer_specs()}
+    if getattr(model, "shared_block_every", 0):
+        mixers.add("attention")
+    heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
+    if mixers & {"attention", "cross_attention"}:
+        _require_divides(tp, "model.attention.num_heads", heads)
+        _require_groups(tp, "model.attention.num_kv_heads", kv_heads, heads)
+    if "dimsum" in mixers:
+        _require_divides(tp, "half of model.attention.num_heads (dimsum)", heads // 2)
+        _require_groups(tp, "half of model.attention.num_kv_heads (dimsum)", kv_heads // 2, heads // 2)
+    if "mamba2" in mixers:
+        heads = model.mamba2_num_heads
+        _require_divides(tp, "expand * hidden_size / head_dim (heads) of model.mamba2", heads)
+        _require_groups(tp, "model.mamba2.num_groups", model.mamba2.num_groups, heads)
+    if "attention_moe" in mixers:
+        _require_divides(tp, "model.attention_moe.top_k", model.attention_moe.top_k)
 
 
 def _check_tables(model: nn.Module, tp: int) -> None:

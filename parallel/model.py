@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from triptych.models import Model
 from triptych.parallel.data import sharded_modules
+from triptych.parallel.expert import has_experts, looks_ahead, routers
+from triptych.parallel.freezing import mask_frozen_rows
 from triptych.parallel.layout import Layout
 from triptych.parallel.pipeline import LossFunction, MicroBatch, Pipeline
 from triptych.parallel.shards import ShardInfo, is_writer, local_part, window
@@ -28,14 +31,19 @@ class ParallelModel:
         mesh: DeviceMesh,
         device: torch.device,
         pipeline: Pipeline | None,
+        frozen: Sequence[str] = (),
     ) -> None:
         self.module = module
         self.layout = layout
         self.mesh = mesh
         self.device = device
         self.pipeline = pipeline
+        self.frozen = tuple(frozen)
         self._tp = mesh["tp"]
         self.is_last_stage = pipeline is None or pipeline.is_last
+        self._routers = routers(module)
+        self._looks_ahead = looks_ahead(module.config)
+        self.has_routers = has_experts(module.config)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Whole-model name -> this rank's parameter, a DTensor where anything is cut."""
@@ -47,6 +55,15 @@ class ParallelModel:
         The sum is 0 except on the last stage. After the last micro-batch gradients are summed over data
         ranks; `reduce_gradients` must follow.
         """
+        if len(micro_batches) > 1 and self._looks_ahead:
+            self._look_ahead(micro_batches)
+        try:
+            return self._forward_backward(micro_batches, loss_fn)
+        finally:
+            for router in self._routers.values():
+                router.ahead = None
+
+    def _forward_backward(self, micro_batches: list[MicroBatch], loss_fn: LossFunction) -> torch.Tensor:
         if self.pipeline is not None:
             return self.pipeline.run(micro_batches, loss_fn, backward=True)
         total = torch.zeros((), device=self.device)
@@ -59,6 +76,39 @@ class ParallelModel:
             loss.backward()
             total = total + loss.detach()
         return total
+
+    @torch.no_grad()
+    def _look_ahead(self, micro_batches: list[MicroBatch]) -> None:
+        """A pass without gradients, after which routers know the sums over the global batch, on which the
+        gradients of their losses depend."""
+        before = {name: router.record for name, router in self._routers.items()}
+        for router in self._routers.values():
+            router.collecting, router.record = True, None
+        if self.pipeline is not None:
+            self.pipeline.run(micro_batches, lambda outputs, targets: torch.zeros(()), backward=False)
+        else:
+            for batch in micro_batches:
+                self._call(batch)
+        for module in sharded_modules(self.module):
+            module.reshard()
+        for name, router in self._routers.items():
+            router.ahead = router.batch.sum(router.take_record())
+            router.collecting, router.record = False, before[name]
+
+    @torch.no_grad()
+    def update_routers(self, move: bool = True) -> dict[str, dict[str, Any]]:
+        """What the routers of this stage saw of the step's global batch, by name.
+
+        move: also move the biases that even out the experts' load.
+        """
+        figures = {}
+        for name, router in self._routers.items():
+            record = router.batch.sum(router.take_record())
+            step_E = router.bias_step(record) if move else None
+            if step_E is not None:
+                local_part(router.expert_bias).add_(step_E[window(router.expert_bias).slices])
+            figures[name] = router.figures(record)
+        return figures
 
     @torch.no_grad()
     def forward(self, micro_batches: list[MicroBatch], loss_fn: LossFunction) -> torch.Tensor:
@@ -86,19 +136,24 @@ class ParallelModel:
     def _loss(self, batch: MicroBatch, loss_fn: LossFunction) -> torch.Tensor:
         return loss_fn(self._call(batch), batch["targets"])
 
-    def _call(self, batch: MicroBatch) -> torch.Tensor:
+    def _call(self, batch: MicroBatch) -> Any:
         keywords = self.module.keywords(batch)
         if self.module.targets_inside and "targets" in batch:
             keywords["targets"] = batch["targets"]
         return self.module(batch[self.module.main_input], **keywords)
 
     @torch.no_grad()
-    def predict(self, batch: MicroBatch) -> torch.Tensor:
+    def predict(self, batch: MicroBatch) -> Any:
         """The outputs for one batch without targets, in eval mode; the same on the ranks of a data rank."""
         with self._evaluating():
             return self._call(batch) if self.pipeline is None else self.pipeline.predict(batch)
 
     def reduce_gradients(self) -> None:
+        """Complete the gradients: sums over tp, and nothing for frozen rows."""
+        self._sum_partial()
+        mask_frozen_rows(self.named_parameters(), self.frozen)
+
+    def _sum_partial(self) -> None:
         """Sum over tp the gradients to which each of its ranks contributed a part; all in one all-reduce.
 
         With data sharding FSDP2 has done it in backward, and nothing is left here.
@@ -114,8 +169,17 @@ class ParallelModel:
         buffer = torch.cat([local.flatten() for local in locals_])
         dist.all_reduce(buffer, group=self._tp.get_group())
         for (parameter, _), flat in zip(partial, buffer.split([local.numel() for local in locals_])):
-            reduced = flat.view(parameter.shape)
-            parameter.grad = DTensor.from_local(reduced, self._tp, [Replicate()], run_check=False)
+            gradient = parameter.grad
+            assert isinstance(gradient, DTensor), "chosen above"
+            summed = [Replicate() if each.is_partial() else each for each in gradient.placements]
+            parameter.grad = DTensor.from_local(
+                flat.view(local_part(gradient).shape),
+                gradient.device_mesh,
+                summed,
+                run_check=False,
+                shape=gradient.shape,
+                stride=gradient.stride(),
+            )
 
     def grad_norm(self) -> torch.Tensor:
         """The L2 norm of the whole gradient, float64, on every rank; each element counts once."""
@@ -145,13 +209,18 @@ class ParallelModel:
             held = window(parameter)
             yield ShardInfo(name, local_part(parameter), held.global_shape, held.offset, is_writer(parameter))
 
+    @property
+    def counts_outputs(self) -> bool:
+        """Whether this rank, of those that see the last stage's outputs for the same samples, is the
+        first."""
+        return self.is_last_stage and self._tp.get_local_rank() == 0
+
     def sum_over_data(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over data ranks of the last stage's x, of any shape, the same on every rank.
 
         Sums over micro-batches become those of the global batch. What other stages pass is ignored.
         """
-        counts = self.is_last_stage and self._tp.get_local_rank() == 0
-        total = x.detach().clone() if counts else torch.zeros_like(x)
+        total = x.detach().clone() if self.counts_outputs else torch.zeros_like(x)
         dist.all_reduce(total)
         return total
 

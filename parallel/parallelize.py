@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,13 @@ from triptych.models.config import ModelConfig
 from triptych.parallel.collectives import Axis
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.data import apply_data_sharding
+from triptych.parallel.expert import (
+    apply_expert_parallel,
+    build_expert_mesh,
+    data_axis,
+    tell_global_batch,
+)
+from triptych.parallel.freezing import freeze
 from triptych.parallel.layout import Layout
 from triptych.parallel.model import ParallelModel
 from triptych.parallel.pipeline import Pipeline, cut_stages
@@ -34,12 +42,14 @@ def parallelize(
     micro_batch_size: int,
     num_micro_batches: int,
     autocast_dtype: torch.dtype | None = None,
+    frozen: Sequence[str] = (),
 ) -> ParallelModel:
     """Build this rank's part of a model and initialise it, as a function of (seed, name, element) only.
 
     mesh: of `build_mesh`. dtype: of parameters and their gradients. autocast_dtype: of matmuls (bfloat16)
-    over fp32 parameters; None: dtype. seq_len in tokens, micro_batch_size in samples. Nothing is allocated
-    before it is cut. Raises ValueError for what `Layout.check` refuses.
+    over fp32 parameters; None: dtype. frozen: what is not trained (parallel/freezing.py). seq_len in tokens,
+    micro_batch_size in samples. Nothing is allocated before it is cut. Raises ValueError for what
+    `Layout.check` refuses.
     """
     layout = Layout(parallel_config)
     layout.check(
@@ -62,15 +72,29 @@ def parallelize(
         tp,
         sequence_parallel=sequence_parallel,
         regather=parallel_config.recompute != "full",
+        experts_aside=parallel_config.ep > 1,
     )
-    # 3. recomputation
+    # 3. experts
+    expert_mesh = None
+    if parallel_config.ep > 1:
+        expert_mesh = build_expert_mesh(parallel_config, device.type)
+        apply_expert_parallel(module, Axis.of(expert_mesh["ep"]), tp, expert_mesh)
+        expert_mesh = expert_mesh["expert_replicate", "expert_shard"]
+    tell_global_batch(module, data_axis(mesh))
+    # 4. recomputation
     apply_recompute(module, parallel_config.recompute)
     if autocast_dtype is not None:
         _autocast_forward(module, device, autocast_dtype)
     _return_no_view(module)
-    # 4. data sharding; a pipeline stage keeps its whole parameters from one micro-batch to the next
-    apply_data_sharding(module, mesh["dp_replicate", "dp_shard"], reshard_after_forward=pp.size() == 1)
-    # 5. storage and values
+    freeze(module, frozen)
+    # 5. data sharding; a pipeline stage keeps its whole parameters from one micro-batch to the next
+    apply_data_sharding(
+        module,
+        mesh["dp_replicate", "dp_shard"],
+        reshard_after_forward=pp.size() == 1,
+        expert_mesh=expert_mesh,
+    )
+    # 6. storage and values
     module.to_empty(device=device)
     models.initialize(module, seed, local_window=_local_window)
 
@@ -84,7 +108,7 @@ def parallelize(
             sequence_shards=tp.size if sequence_parallel else 1,
             dtype=dtype,
         )
-    return ParallelModel(module, layout, mesh, device, pipeline)
+    return ParallelModel(module, layout, mesh, device, pipeline, frozen)
 
 
 def _local_window(

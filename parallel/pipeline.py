@@ -18,8 +18,9 @@ from triptych.models.count import build_on_meta
 
 MicroBatch = dict[str, Any]
 """The model's main input and keywords by name, and targets: a tensor or a dict of tensors."""
-LossFunction = Callable[[torch.Tensor, Any], torch.Tensor]
-"""(last stage's outputs, targets) -> scalar: this micro-batch's share of the loss, to be summed."""
+LossFunction = Callable[[Any, Any], torch.Tensor]
+"""(last stage's outputs, a tensor or a tuple of tensors, and targets) -> scalar: this micro-batch's share of
+the loss, to be summed."""
 
 
 def cut_stages(config: ModelConfig, num_stages: int, seq_len: int) -> list[range]:
@@ -30,9 +31,9 @@ def cut_stages(config: ModelConfig, num_stages: int, seq_len: int) -> list[range
     if num_stages == 1:
         return [range(config.num_layers)]
     model = build_on_meta(config)
-    assert model.head is not None, "a whole model has a head"
-    costs = [float(block.flops(seq_len)) for block in model.blocks.values()]
-    costs[-1] += float(model.head.flops(seq_len))
+    assert model.exit is not None, "a whole model has its end"
+    costs = [float(block.flops(config.length_at(block.layer, seq_len))) for block in model.blocks.values()]
+    costs[-1] += float(model.exit.flops(config.length_at(config.num_layers - 1, seq_len)))
     bounds = [0, *partition(costs, num_stages), len(costs)]
     return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
 
@@ -115,17 +116,19 @@ class Pipeline:
             return torch.zeros((), device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))
         return torch.stack([loss.detach() for loss in losses]).sum()
 
-    def predict(self, batch: MicroBatch) -> torch.Tensor:
+    def predict(self, batch: MicroBatch) -> Any:
         """The last stage's outputs of one batch without targets, on every stage."""
         schedule = self._schedule([batch], False, loss=False)
         args, kwargs = self._arguments([batch])
         output = schedule.eval(*args, **kwargs)
-        if not self.is_last:
-            (shape,) = self._shapes(batch, self.num_stages)
-            output = torch.empty(shape, dtype=self.dtype, device=self.device)
-        output = output.contiguous()
-        dist.broadcast(output, group=self.group, group_src=self.num_stages - 1)
-        return output
+        if self.is_last:
+            outputs = [part.contiguous() for part in (output if isinstance(output, tuple) else (output,))]
+        else:
+            shapes = self._shapes(batch, self.num_stages)
+            outputs = [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes]
+        for part in outputs:
+            dist.broadcast(part, group=self.group, group_src=self.num_stages - 1)
+        return tuple(outputs) if self.module.several_outputs else outputs[0]
 
     def _arguments(self, micro_batches: list[MicroBatch]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What this stage is called with, of all micro-batches behind each other."""
@@ -175,7 +178,7 @@ class Pipeline:
             group=self.group,
         )
 
-    def _compute_loss(self, outputs: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    def _compute_loss(self, outputs: Any, number: torch.Tensor) -> torch.Tensor:
         assert self._loss_fn is not None, "run() sets the loss before any schedule calls it"
         return self._loss_fn(outputs, self._targets[int(number)])
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +48,12 @@ VOCABULARY_DIM = -1
 
 
 def apply_tensor_parallel(
-    model: nn.Module, axis: Axis, *, sequence_parallel: bool = True, regather: bool = True
+    model: nn.Module,
+    axis: Axis,
+    *,
+    sequence_parallel: bool = True,
+    regather: bool = True,
+    experts_aside: bool = False,
 ) -> None:
     """Cut a model, in place, over the axis; nothing on an axis of one.
 
@@ -57,22 +62,26 @@ def apply_tensor_parallel(
     sequence_parallel: activations between regions are cut along T, which the axis divides.
     regather: backward gathers a region's input again instead of keeping it whole; off under full
     recomputation, where nothing is kept anyway.
+    experts_aside: parameters stacked over experts are left to parallel/expert.py.
     """
     if axis.size == 1:
         return
     cuts = declared_cuts(model)
     regions = {name: module for name, module in model.named_modules() if getattr(module, "tp_region", False)}
+    exits = [name for name, module in model.named_modules() if getattr(module, "sequence", "") == "exit"]
     for prefix, module in model.named_modules():
-        in_region = any(prefix == name or prefix.startswith(f"{name}.") for name in regions)
-        partial = in_region or sequence_parallel
+        # Behind an exit every rank computes the same of the whole sequence.
+        partial = _within(prefix, regions) or (sequence_parallel and not _within(prefix, exits))
+        _tell_shards(module, axis, sequence_parallel)
+        if experts_aside and getattr(module, "expert_parallel", False):
+            continue
         uses = {}
         for name, parameter in module.named_parameters(recurse=False):
             cut = cuts.get(f"{prefix}.{name}" if prefix else name, REPLICATE)
-            uses[name] = _use(cut, parameter, axis, partial)
+            uses[name] = use_of(cut, parameter, axis, partial)
             module._parameters[name] = _cut_parameter(parameter, uses[name], axis)
         if uses and axis.mesh is not None:
-            module.forward = _with_local_parameters(module, uses)
-        _tell_shards(module, axis, sequence_parallel)
+            module.forward = with_local_parameters(module, uses)
     for module in regions.values():
         module.forward = _region_forward(module, axis, sequence_parallel, regather)
     if sequence_parallel:
@@ -81,41 +90,47 @@ def apply_tensor_parallel(
                 module.forward = _sequence_forward(module, axis)
 
 
+def _within(prefix: str, names: Iterable[str]) -> bool:
+    """Whether a module is one of those named, or stands in one."""
+    return any(prefix == name or prefix.startswith(f"{name}.") for name in names)
+
+
 @dataclass(frozen=True)
-class _Use:
+class Use:
     """How a module uses its part of a parameter.
 
-    dim: the dimension cut over the axis, None for a whole tensor. gradient: placement of the local gradient.
-    rows: of a whole tensor, the (start, length) of dim 0 that this rank uses. factor: of what is used.
+    dim: the dimension cut over the axis, None for a whole tensor. gradients: placements of the local
+    gradient, one per axis that the parameter is placed on. rows: of a whole tensor, the (start, length) of dim 0 that
+    this rank uses. factor: of what is used.
     """
 
     dim: int | None
-    gradient: Placement
+    gradients: tuple[Placement, ...]
     rows: tuple[int, int] | None = None
     factor: float | None = None
 
     def local(self, parameter: DTensor) -> torch.Tensor:
-        local = parameter.to_local(grad_placements=[self.gradient])
+        local = parameter.to_local(grad_placements=list(self.gradients))
         if self.rows is not None:
             local = local.narrow(0, *self.rows)
         return local if self.factor is None else local * self.factor
 
 
-def _use(cut: Cut, parameter: torch.Tensor, axis: Axis, partial: bool) -> _Use:
+def use_of(cut: Cut, parameter: torch.Tensor, axis: Axis, partial: bool) -> Use:
     """partial: whole tensors get different gradients on the ranks, whose sum is the gradient."""
     dim = cut_dim(cut, axis.size)
     if dim is not None:
-        return _Use(dim, Shard(dim))
-    gradient = Partial() if partial else Replicate()
+        return Use(dim, (Shard(dim),))
+    gradient = (Partial() if partial else Replicate(),)
     if cut.count is not None:
         rows = parameter.shape[0] // cut.count
-        return _Use(None, gradient, rows=(axis.rank // (axis.size // cut.count) * rows, rows))
-    if cut.kind == "row_bias":
-        return _Use(None, gradient, factor=float(axis.rank == 0))
-    return _Use(None, gradient)
+        return Use(None, gradient, rows=(axis.rank // (axis.size // cut.count) * rows, rows))
+    if cut.kind in ("row_bias", "expert_row_bias"):
+        return Use(None, gradient, factor=float(axis.rank == 0))
+    return Use(None, gradient)
 
 
-def _cut_parameter(parameter: nn.Parameter, use: _Use, axis: Axis) -> nn.Parameter:
+def _cut_parameter(parameter: nn.Parameter, use: Use, axis: Axis) -> nn.Parameter:
     local = parameter.detach()
     if use.dim is not None:
         assert local.shape[use.dim] % axis.size == 0, (
@@ -133,7 +148,7 @@ def _cut_parameter(parameter: nn.Parameter, use: _Use, axis: Axis) -> nn.Paramet
     return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 
-def _with_local_parameters(module: nn.Module, uses: dict[str, _Use]) -> Callable[..., Any]:
+def with_local_parameters(module: nn.Module, uses: dict[str, Use]) -> Callable[..., Any]:
     forward = module.forward
 
     @functools.wraps(forward)
@@ -145,7 +160,7 @@ def _with_local_parameters(module: nn.Module, uses: dict[str, _Use]) -> Callable
 
 
 @contextmanager
-def _local_parameters(module: nn.Module, uses: dict[str, _Use]) -> Iterator[None]:
+def _local_parameters(module: nn.Module, uses: dict[str, Use]) -> Iterator[None]:
     parameters: dict[str, Any] = module._parameters
     kept = {name: parameters[name] for name in uses}
     for name, use in uses.items():
@@ -177,7 +192,7 @@ def _tell_shards(module: nn.Module, axis: Axis, sequence_parallel: bool) -> None
         module.shards = _AxisShards(axis, start=axis.rank * (module.vocab_size // axis.size))
     elif isinstance(module, GatedRMSNorm) and axis.size > module.num_groups:
         module.shards = _AxisShards(axis, start=axis.rank // (axis.size // module.num_groups))
-    elif getattr(module, "sums_inside", False):
+    elif getattr(module, "sums_inside", False) or getattr(module, "balanced", False):
         summing: Any = module
         summing.shards = _AxisShards(axis, start=axis.rank)
     elif (isinstance(module, Dropout) and module.cut == "heads") or (
@@ -232,12 +247,14 @@ def _sequence_forward(module: nn.Module, axis: Axis) -> Callable[..., Any]:
     forward, place = module.forward, module.sequence
 
     @functools.wraps(forward)
-    def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if place == "whole":
-            args = tuple(
-                gather_sequence(value, SEQUENCE_DIM, axis) if _is_stream(value) else value for value in args
-            )
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if place in ("whole", "exit"):
+            # Behind an exit the ranks compute the same, so that each has the whole gradient.
+            gather = gather_sequence if place == "whole" else join_shards
+            args = tuple(gather(value, SEQUENCE_DIM, axis) if _is_stream(value) else value for value in args)
         y = forward(*args, **kwargs)
+        if place == "exit":
+            return y
         if place == "leave":
             return join_shards(y, SEQUENCE_DIM, axis)
         return y.chunk(axis.size, SEQUENCE_DIM)[axis.rank]
@@ -246,5 +263,5 @@ def _sequence_forward(module: nn.Module, axis: Axis) -> Callable[..., Any]:
 
 
 def _is_stream(value: Any) -> bool:
-    """Of the arguments of a "whole" module the floating (B, T, C) ones are cut; indices are not."""
+    """Of the arguments of a "whole" or "exit" module the floating (B, T, C) ones are cut; indices are not."""
     return isinstance(value, torch.Tensor) and value.is_floating_point()

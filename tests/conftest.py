@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from triptych.models.timm_backbone import import_timm
 from triptych.parallel.local import run_local
 
 
@@ -14,3 +18,14 @@ from triptych.parallel.local import run_local
 def distributed() -> Callable[..., list[Any]]:
     """`distributed(world_size, fn, *args, timeout=...)`: results of a module-level `fn` over gloo."""
     return run_local
+
+
+@pytest.fixture
+def timm(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """timm, of the environment or of the folder that the Makefile makes for it; ranks find it too."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(sys.prefix) / "timm")])
+    importlib.invalidate_caches()
+    try:
+        return import_timm()
+    except ValueError as missing:
+        pytest.skip(str(missing))

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triptych.models import DiffusionConfig
-from triptych.tools.torchvision_shim import prepare_torchvision
+from triptych.models.torchvision_shim import prepare_torchvision
 
 EPS = 1e-6
 FREQUENCIES = 256

@@ -21,22 +21,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from triptych.models import DiffusionConfig, LanguageConfig, Model, build
+from triptych.models import DiffusionConfig, LanguageConfig, Model, VisionConfig, build
 from triptych.parallel.collectives import Axis
 from triptych.parallel.config import ParallelConfig
+from triptych.parallel.expert import apply_expert_parallel
 from triptych.parallel.recompute import apply_recompute
 from triptych.parallel.shards import local_part
 from triptych.parallel.tensor import apply_tensor_parallel
 from triptych.tools.kept import Kept, kept_by_backward
+from triptych.tools.vision_batches import vision_batch
 
 
 @dataclass(frozen=True)
 class StageSpec:
     """What to build, and what to run through it."""
 
-    model: LanguageConfig | DiffusionConfig
+    model: LanguageConfig | DiffusionConfig | VisionConfig
     parallel: ParallelConfig
-    """Only tp, sequence_parallel and recompute matter: data parallelism keeps the same, and a pipeline's
+    """Only tp, ep, sequence_parallel and recompute matter: data parallelism keeps the same, and a pipeline's
     stages are counted one by one."""
     layers: range
     first: bool
@@ -85,7 +87,9 @@ def build_stage(spec: StageSpec, axis: Axis) -> Model:
         axis,
         sequence_parallel=spec.parallel.sequence_parallel,
         regather=spec.parallel.recompute != "full",
+        experts_aside=spec.parallel.ep > 1,
     )
+    apply_expert_parallel(model, Axis(spec.parallel.ep), axis)
     apply_recompute(model, spec.parallel.recompute)
     return model
 
@@ -114,7 +118,9 @@ def example_batch(spec: StageSpec) -> dict[str, Tensor]:
     if isinstance(model, LanguageConfig):
         batch["tokens"] = batch["targets"] = torch.zeros(size_b, size_t, dtype=torch.int64)
         return batch
-    told = model.conditioning
+    if isinstance(model, VisionConfig) and spec.images is None:
+        shape = (model.in_channels, *model.input_size)
+        return vision_batch(model, shape, size_b, torch.Generator(), spec.dtype)
     per_image: tuple[int, ...] = (size_b,)
     if spec.images is not None:
         per_image = (size_b, spec.images)
@@ -125,9 +131,14 @@ def example_batch(spec: StageSpec) -> dict[str, Tensor]:
         values = model.in_channels * model.patch_elements
         batch["x"] = torch.zeros(size_b, size_t, values, dtype=spec.dtype)
     else:
+        assert isinstance(model, DiffusionConfig), "whole images of vision models are made above"
         fits = size_t == model.num_tokens
         space = model.input_size if fits else (model.patch_size, model.patch_size * size_t)
         batch["x"] = torch.zeros(size_b, model.in_channels, *space, dtype=spec.dtype)
+    if isinstance(model, VisionConfig):
+        batch["tasks"] = torch.zeros(size_b, dtype=torch.int64)
+        return batch
+    told = model.conditioning
     batch["times"] = torch.zeros(per_image, dtype=spec.dtype)
     if told.kind == "class":
         batch["labels"] = torch.zeros(per_image, dtype=torch.int64)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from triptych.parallel.config import ParallelConfig
 
-AXES = ("tp", "pp", "dp_shard", "dp_replicate")
+AXES = ("tp", "pp", "ep", "dp_shard", "dp_replicate")
 SWITCHES: dict[str, dict[str, object]] = {
     "none": {"recompute": "none"},
     "selective": {"recompute": "selective"},
@@ -31,6 +31,16 @@ DEFAULT = (
 """What `verify` runs when it is told nothing: each axis alone and in company, each recomputation several
 times."""
 
+DEFAULT_OF_EXPERTS = (
+    "ep2+selective",
+    "ep4+none",
+    "ep2.tp2+selective",
+    "ep2.pp2+none",
+    "ep2.dp_shard2+full",
+    "ep2.dp_shard4+none",
+)
+"""And besides, for a model with experts."""
+
 
 @dataclass(frozen=True)
 class LayoutName:
@@ -43,8 +53,9 @@ class LayoutName:
 def parse_layout(text: str, base: ParallelConfig) -> LayoutName:
     """ "tp2.pp2+full+nosp" -> axes tp 2 and pp 2, all others 1; what follows "+" replaces what `base` says.
 
-    Axes: tp, pp, dp_shard, dp_replicate, and dp for dp_shard, joined by "." or ",". Switches: none,
-    selective, full (recomputation), sp, nosp (sequence parallelism).
+    Axes: tp, pp, ep, dp_shard, dp_replicate, and dp for dp_shard, joined by "." or ",". ep is folded over the
+    data axes; where none is given it stands for as many replicas. Switches: none, selective, full
+    (recomputation), sp, nosp (sequence parallelism).
     Raises ValueError naming the part that cannot be read.
     """
     axes, *switches = text.replace(" ", "").split("+")
@@ -62,6 +73,8 @@ def parse_layout(text: str, base: ParallelConfig) -> LayoutName:
             raise ValueError(f"layout {text!r} gives {axis} twice; give each axis once")
         seen.add(axis)
         values[axis] = int(match[2])
+    if "ep" in seen and not seen & {"dp_shard", "dp_replicate"}:
+        values["dp_replicate"] = values["ep"]
     for switch in switches:
         if switch not in SWITCHES:
             raise ValueError(
@@ -71,6 +84,6 @@ def parse_layout(text: str, base: ParallelConfig) -> LayoutName:
     return LayoutName(text, ParallelConfig.model_validate(base.model_dump() | values))
 
 
-def default_layouts(base: ParallelConfig) -> list[LayoutName]:
-    """The ten of DEFAULT."""
-    return [parse_layout(text, base) for text in DEFAULT]
+def default_layouts(base: ParallelConfig, experts: bool = False) -> list[LayoutName]:
+    """The ten of DEFAULT; with experts those for experts, too."""
+    return [parse_layout(text, base) for text in (*DEFAULT, *(DEFAULT_OF_EXPERTS if experts else ()))]

@@ -12,7 +12,7 @@ import torch
 from triptych.data_pipeline.config import DataConfig
 from triptych.data_pipeline.images.config import ImageDataConfig
 from triptych.data_pipeline.kinds import read_config as read_data
-from triptych.models import DiffusionConfig, LanguageConfig, LanguageModel, Model
+from triptych.models import DiffusionConfig, LanguageConfig, LanguageModel, Model, VisionConfig
 from triptych.training import recovery, store
 from triptych.training.config import TrainConfig
 from triptych.training.loading import load_model
@@ -23,7 +23,7 @@ class Trained:
     """A model in eval mode on one device, and the sections of the run that trained it."""
 
     module: Model
-    model: LanguageConfig | DiffusionConfig
+    model: LanguageConfig | DiffusionConfig | VisionConfig
     data: DataConfig | ImageDataConfig
     train: TrainConfig
     step: int

@@ -19,6 +19,7 @@ from rich.console import Group
 from rich.text import Text
 
 from triptych.parallel.config import ParallelConfig
+from triptych.parallel.expert import has_experts, needs_one_pass
 from triptych.parallel.layout import Layout
 from triptych.parallel.local import run_local
 from triptych.tools.layouts import LayoutName, default_layouts, parse_layout
@@ -124,7 +125,7 @@ def verify(
     """Compare each layout of `run` with one process, in float64, over local gloo processes on the CPU.
 
     layouts: such as "tp2", "tp2.pp2" or "tp2,pp2", "dp_shard2.dp_replicate2+selective"; None or empty takes
-    the ten of `layouts.DEFAULT` and drops, with its reason, each that this configuration makes illegal.
+    those of `layouts.default_layouts` and drops, with its reason, each that this configuration makes illegal.
     Nothing of the configuration is scaled down: override model.num_layers and the like to make it quicker.
     Only the micro-batch is made smaller where a layout has more data ranks or stages than it leaves samples
     for.
@@ -147,10 +148,11 @@ def verify(
         say("one process (the reference)")
         train = run.train.model_copy(update={"precision": "fp64"})
         single = run.parallel.model_copy(
-            update=dict.fromkeys(("pp", "dp_replicate", "dp_shard", "tp"), 1) | {"recompute": "none"}
+            update=dict.fromkeys(("pp", "dp_replicate", "dp_shard", "tp", "ep"), 1) | {"recompute": "none"}
         )
         objective, seq_len = build_objective(run), tokens_per_sample(run)
-        job = Job(run.model, single, train, objective, seq_len, samples, folder)
+        whole = train.model_copy(update={"micro_batch_size": micro_batch_size(single, run)})
+        job = Job(run.model, single, whole, objective, seq_len, samples, folder)
         (reference,) = run_local(1, run_rank, job, None, timeout=timeout)
         for layout in chosen:
             say(f"{layout.text} ({layout.config.world_size} processes)")
@@ -178,7 +180,7 @@ def _choose(run: RunSections, layouts: Sequence[str] | None) -> tuple[list[Layou
             _check(layout.config, run)
         return chosen, {}
     chosen, skipped = [], {}
-    for layout in default_layouts(run.parallel):
+    for layout in default_layouts(run.parallel, experts=has_experts(run.model)):
         try:
             _check(layout.config, run)
         except ValueError as error:
@@ -197,9 +199,12 @@ def micro_batch_size(config: ParallelConfig, run: RunSections) -> int:
     """The largest divisor of the run's micro-batch size that lets the layout share the global batch evenly.
 
     A pipeline gets a micro-batch per stage where there are samples enough, so that 1F1B is what runs. How a
-    batch is split belongs to the layout, and what is verified must not depend on it.
+    batch is split belongs to the layout, and what is verified must not depend on it. Where routing needs the
+    whole global batch in one pass, it gets that.
     """
     samples = run.train.global_batch_size // Layout(config).dp_size
+    if needs_one_pass(run.model):
+        return samples or run.train.micro_batch_size
     per_stage = samples // config.pp or samples
     return math.gcd(run.train.micro_batch_size, per_stage) or run.train.micro_batch_size
 

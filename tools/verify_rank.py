@@ -24,7 +24,7 @@ from triptych.parallel.model import ParallelModel
 from triptych.parallel.parallelize import parallelize
 from triptych.parallel.shards import local_part, window
 from triptych.training.config import TrainConfig
-from triptych.training.evaluation import MicroBatchLoss, global_count, global_sums, prepare
+from triptych.training.evaluation import MicroBatchLoss, global_counts, global_sums, prepare
 from triptych.training.objectives import Batch, Objective
 from triptych.training.optimizer import AdamW
 from triptych.training.schedule import factor
@@ -87,9 +87,15 @@ def run_rank(job: Job, reference: RankResult | None) -> RankResult:
         seq_len=job.seq_len,
         micro_batch_size=job.train.micro_batch_size,
         num_micro_batches=per_rank // job.train.micro_batch_size,
+        frozen=job.train.freeze,
     )
     disturb_zeros(model, job.train.seed)
-    optimizer = AdamW(model.named_parameters(), job.train.optimizer)
+    optimizer = AdamW(
+        model.named_parameters(),
+        job.train.optimizer,
+        num_blocks=job.model.num_layers,
+        frozen=job.train.freeze,
+    )
     losses, grad_norms = [], []
     gradients: dict[str, Worst] = {}
     for step, samples in enumerate(job.samples, 1):
@@ -118,8 +124,8 @@ def disturb_zeros(model: ParallelModel, seed: int) -> None:
 
 def forward_backward(model: ParallelModel, objective: Objective, batches: list[Batch], dp_rank: int) -> float:
     """Gradients of the mean loss over the global batch, summed over ranks; returns that loss."""
-    count = global_count(model, objective, batches)
-    function = MicroBatchLoss(objective, max(count, 1.0), torch.device("cpu"))
+    counts = global_counts(model, objective, batches)
+    function = MicroBatchLoss(objective, counts, torch.device("cpu"))
     local = model.forward_backward(batches, function)
     model.reduce_gradients()
     return global_sums(model, function, local, dp_rank, model.layout.dp_size).loss
@@ -130,6 +136,7 @@ def update(model: ParallelModel, optimizer: AdamW, train: TrainConfig, step: int
     limit = train.max_grad_norm
     if limit is not None and grad_norm > limit:
         model.scale_gradients(limit / grad_norm)
+    model.update_routers()
     optimizer.step(train.optimizer.lr * factor(train.schedule, min(step, train.steps), train.steps))
     model.zero_grad()
 

@@ -9,7 +9,8 @@ import torch
 from triptych.data_pipeline.config import DataConfig
 from triptych.data_pipeline.images.config import PackingConfig
 from triptych.data_pipeline.loader import BatchLoader
-from triptych.models import DiffusionConfig, LanguageConfig
+from triptych.models import DiffusionConfig, LanguageConfig, VisionConfig
+from triptych.tools.vision_batches import packed_vision_batch, vision_batch
 from triptych.training.data import open_training
 from triptych.training.objectives import Batch
 
@@ -43,6 +44,13 @@ def _synthetic(run: RunSections, draw: torch.Generator) -> Batch:
     if isinstance(run.data, DataConfig):
         assert isinstance(run.model, LanguageConfig), "refused by check_data"
         return {**_documents(run.model, run.data.seq_len, count, draw), "sample_keys": sample_keys}
+    model = run.model
+    if isinstance(model, VisionConfig) and run.data.packing is None:
+        return vision_batch(model, run.data.shapes[0], count, draw, torch.float64)
+    if isinstance(model, VisionConfig):
+        assert run.data.packing is not None, "asked just above"
+        packed = {**_packed(model, run.data.packing, count, draw), "sample_keys": sample_keys}
+        return packed_vision_batch(packed, model, draw)
     assert isinstance(run.model, DiffusionConfig), "refused by check_data"
     if run.data.packing is not None:
         return {**_packed(run.model, run.data.packing, count, draw), "sample_keys": sample_keys}
@@ -79,7 +87,9 @@ def _images(model: DiffusionConfig, shape: tuple[int, ...], count: int, draw: to
     return batch
 
 
-def _packed(model: DiffusionConfig, packing: PackingConfig, count: int, draw: torch.Generator) -> Batch:
+def _packed(
+    model: DiffusionConfig | VisionConfig, packing: PackingConfig, count: int, draw: torch.Generator
+) -> Batch:
     """Rows of two images of unlike sizes and padding behind them, one of the images unreadable; shapes as
     data_pipeline/images gives."""
     edge = max(1, int((packing.max_tokens // 3) ** 0.5))
@@ -107,7 +117,7 @@ def _packed(model: DiffusionConfig, packing: PackingConfig, count: int, draw: to
         "valid": valid,
         "image_keys": torch.randint(2**62, (count, packing.max_images), generator=draw),
     }
-    if model.conditioning.kind == "class":
+    if isinstance(model, DiffusionConfig) and model.conditioning.kind == "class":
         labels = (count, packing.max_images)
         batch["labels"] = torch.randint(model.conditioning.num_classes, labels, generator=draw)
     return batch

@@ -5,6 +5,7 @@ from __future__ import annotations
 from triptych.models import DiffusionConfig
 from triptych.models.registry import MIXERS
 from triptych.parallel.config import ParallelConfig
+from triptych.parallel.freezing import check_freeze
 from triptych.parallel.layout import Layout
 from triptych.training.data import check_data, check_sections
 from triptych.training.image_grids import check_grids
@@ -23,11 +24,23 @@ def check(run: RunSections) -> None:
     build_objective(run)
     if run.log.images is not None:
         check_grids(run)
+    check_freeze(run.model, run.train.freeze)
+    _check_layer_decay(run)
     check_layout(run, run.parallel, run.train.micro_batch_size)
     if run.train.eval_every and not run.data.valid:
         raise ValueError(
             f"train.eval_every={run.train.eval_every} needs validation data; name it in data.valid or set "
             "train.eval_every=0"
+        )
+
+
+def _check_layer_decay(run: RunSections) -> None:
+    """It goes by the numbers of blocks, which a backbone of timm has not got."""
+    decay, timm = run.train.optimizer.layer_decay, getattr(run.model, "timm", None)
+    if decay != 1.0 and timm is not None:
+        raise ValueError(
+            f"train.optimizer.layer_decay={decay} goes by the model's blocks, and model.timm={timm} has "
+            "names of its own; set layer_decay=1, or freeze parts of it by train.freeze"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from triptych.training.ema import EMAConfig
+from triptych.training.finetune import FinetuneConfig
 from triptych.training.image_grids import ImageGridConfig
 from triptych.training.objectives.config import ObjectiveConfig, TreadConfig
 
@@ -32,6 +33,10 @@ class OptimizerConfig(BaseModel):
     weight_decay: float = Field(default=0.1, ge=0.0)
     """Decoupled decay per unit of learning rate. It acts on matrices only: not on norms, biases, a_log, d,
     dt_bias, residual scales, nor on the token embedding (`training/optimizer.py` holds the rule)."""
+
+    layer_decay: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Factor on the learning rate per layer from the head down to the embeddings, for finetuning (BEiT, arXiv
+    2106.08254); 1: every layer learns at the same rate."""
 
     @model_validator(mode="after")
     def _check_betas(self) -> OptimizerConfig:
@@ -85,6 +90,11 @@ class TrainConfig(BaseModel):
     """What a denoiser is trained for; language models have next-token prediction."""
     tread: TreadConfig | None = None
     """Part of a denoiser's tokens goes around some blocks in training; null: none does."""
+    finetune: FinetuneConfig | None = None
+    """Start from the parameters of another run; null: from initial values."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained: globs of names in the whole model, such as "blocks.*", also with rows
+    of dimension 0, such as "blocks.3.ffn.experts.up_proj[0:16]"."""
     ema: EMAConfig | None = None
     """Average of the parameters over the steps, kept beside them; null: none."""
     optimizer: OptimizerConfig = OptimizerConfig()

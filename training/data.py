@@ -7,10 +7,10 @@ from typing import Any
 from triptych.data_pipeline import loader
 from triptych.data_pipeline.config import DataConfig
 from triptych.data_pipeline.images import dataset as images
-from triptych.data_pipeline.images.needs import ImageNeeds
+from triptych.data_pipeline.images.needs import ImageNeeds, TaskNeeds
 from triptych.data_pipeline.vocabulary import check_vocabulary
-from triptych.models import DiffusionConfig, LanguageConfig
-from triptych.training.sections import RunSections, check_family
+from triptych.models import DiffusionConfig, LanguageConfig, VisionConfig
+from triptych.training.sections import RunSections, check_family, patch_edge
 
 
 def open_training(run: RunSections) -> Any:
@@ -55,6 +55,8 @@ def check_sections(run: RunSections) -> None:
 def image_needs(run: RunSections) -> ImageNeeds:
     """What the run's model asks of its images."""
     model = run.model
+    if isinstance(model, VisionConfig):
+        return _vision_needs(model)
     assert isinstance(model, DiffusionConfig), "refused by check_data"
     told = model.conditioning
     return ImageNeeds(
@@ -63,6 +65,26 @@ def image_needs(run: RunSections) -> ImageNeeds:
         patch_size=model.patch_size,
         num_classes=told.num_classes if told.kind == "class" else None,
         text=(told.text_length, told.text_size) if told.kind == "text" else None,
+    )
+
+
+def _vision_needs(model: VisionConfig) -> ImageNeeds:
+    tasks = {
+        name: TaskNeeds(
+            kind=task.kind,
+            number=number,
+            num_classes=task.num_classes,
+            text=(task.text_length, task.text_size) if task.kind == "contrast" else None,
+        )
+        for number, (name, task) in enumerate(model.tasks.items())
+    }
+    return ImageNeeds(
+        channels=model.in_channels,
+        size=None if model.position == "rope" else model.input_size,
+        patch_size=patch_edge(model),
+        num_classes=None,
+        text=None,
+        tasks=tasks,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from triptych import models
-from triptych.models import DiffusionConfig, LanguageConfig, Model
+from triptych.models import DiffusionConfig, LanguageConfig, Model, VisionConfig
 from triptych.training import recovery, store
 from triptych.training.ema import PREFIX
 from triptych.training.shards import Window
@@ -16,7 +16,7 @@ from triptych.training.shards import Window
 
 def load_model(
     checkpoint: Path, device: torch.device, dtype: torch.dtype, ema: bool | None = None
-) -> tuple[Model, LanguageConfig | DiffusionConfig, dict[str, Any]]:
+) -> tuple[Model, LanguageConfig | DiffusionConfig | VisionConfig, dict[str, Any]]:
     """The model of a checkpoint, its configuration and the checkpoint's state.json.
 
     checkpoint: one, or a run directory, whose newest valid one is taken. ema: with the averages of the

@@ -64,7 +64,12 @@ class StepReport:
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds per phase of the loop since the report before."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """The objective's own metrics, per count of its loss."""
+    """The objective's own metrics, each per its count."""
+    valid_metrics: dict[str, float] = field(default_factory=dict)
+    """Metrics over the validation set, such as digits/top1, after steps that validate."""
+    routing: dict[str, float] = field(default_factory=dict)
+    """Of each router: dropped (share of the choices), entropy (nats), busiest and idlest (expert's load over
+    the mean load), and its losses."""
 
 
 class Stopwatch:
@@ -156,6 +161,8 @@ def scalars(report: StepReport) -> dict[str, float]:
     }
     found |= {f"seconds/{name}": seconds for name, seconds in report.phases.items()}
     found |= {f"train/{name}": value for name, value in report.metrics.items()}
+    found |= {f"valid/{name}": value for name, value in report.valid_metrics.items()}
+    found |= {f"experts/{name}": value for name, value in report.routing.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 

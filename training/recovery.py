@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from triptych.training import store
 from triptych.training.group import Group
+from triptych.training.shards import Shard
 
 log = logging.getLogger("triptych.training.recovery")
 
@@ -99,6 +100,18 @@ def check_same_run(directory: Path, saved: Mapping[str, Any], wanted: Mapping[st
         for key, (old, new) in differences(saved[section], wanted[section], section).items():
             if key not in _FREE_KEYS:
                 log.warning("resuming %s with %s=%r, which was %r", directory, key, new, old)
+
+
+def check_moments(directory: Path, saved: Container[str], wanted: Iterable[Shard]) -> None:
+    """Raises ValueError where a run trains what was frozen when the checkpoint was written: it has no
+    moments."""
+    missing = next((shard.name for shard in wanted if shard.name not in saved), None)
+    if missing is not None:
+        name = missing.removeprefix("optimizer/").rpartition("/")[0]
+        raise ValueError(
+            f"checkpoint {directory} has no moments of {name}, which was frozen there (train.freeze) and is "
+            f"trained here; freeze it as well, or begin a new run with train.finetune.checkpoint={directory}"
+        )
 
 
 def differences(old: Any, new: Any, prefix: str) -> dict[str, tuple[Any, Any]]:

@@ -11,6 +11,7 @@ import yaml
 
 from triptych.models import flops_per_token
 from triptych.training.evaluation import Sums
+from triptych.training.expert_pictures import RouterFigures, load_pictures, scalars_of
 from triptych.training.image_grids import save_grid
 from triptych.training.metrics import MetricsWriter, StepReport, Stopwatch, memory_bytes, peak_flops
 from triptych.training.pictures import Pictures
@@ -65,6 +66,8 @@ class Reporter:
         skipped: bool,
         skipped_steps: int,
         valid_loss: float | None,
+        valid_metrics: dict[str, float],
+        routing: dict[str, RouterFigures],
         stopwatch: Stopwatch,
     ) -> None:
         """Report step `step`; speed and phases are over the steps since the report before."""
@@ -89,9 +92,14 @@ class Reporter:
             valid_loss=valid_loss,
             phases=phases,
             metrics=loss.metrics,
+            valid_metrics=valid_metrics,
+            routing=scalars_of(routing),
         )
         self._before, self._before_time = step, now
         self.writer.write(report)
+        if routing:
+            for name, picture in load_pictures(routing).items():
+                self.writer.write_image(name, picture, step)
         if self.listener is not None:
             self.listener(report)
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from triptych.data_pipeline.config import DataConfig
 from triptych.data_pipeline.images.config import ImageDataConfig
-from triptych.models import DiffusionConfig, LanguageConfig
+from triptych.models import DiffusionConfig, LanguageConfig, VisionConfig
 from triptych.parallel.config import ParallelConfig
 from triptych.training.config import CheckpointConfig, LogConfig, TrainConfig
 
@@ -17,7 +17,7 @@ class RunSections(Protocol):
     """What training needs of a run (launcher.config.RunConfig has it)."""
 
     @property
-    def model(self) -> LanguageConfig | DiffusionConfig:
+    def model(self) -> LanguageConfig | DiffusionConfig | VisionConfig:
         """`model:`"""
         ...
 
@@ -59,11 +59,25 @@ def check_family(run: RunSections) -> None:
             f"data: is text (sources of tokens, seq_len) and model.family={run.model.family}; set data.kind: "
             "images, or model.family: lm"
         )
-    if isinstance(run.data, ImageDataConfig) and not isinstance(run.model, DiffusionConfig):
+    if isinstance(run.data, ImageDataConfig) and isinstance(run.model, LanguageConfig):
         raise ValueError(
-            f"data.kind=images does not serve model.family={run.model.family}; set model.family: diffusion, "
-            "or give text under data:"
+            f"data.kind=images does not serve model.family={run.model.family}; set model.family: diffusion "
+            "or vision, or give text under data:"
         )
+
+
+def patch_edge(model: DiffusionConfig | VisionConfig) -> int:
+    """Pixels of a token's edge. Raises ValueError for patches that are no squares: the readers make
+    squares."""
+    patch = model.patch_size
+    if isinstance(patch, int):
+        return patch
+    if len(patch) != 2 or patch[0] != patch[1]:
+        raise ValueError(
+            f"model.patch_size={list(patch)} with data.kind=images: images are read in square patches; "
+            "give one number"
+        )
+    return patch[0]
 
 
 def tokens_per_sample(run: RunSections) -> int:
@@ -74,8 +88,9 @@ def tokens_per_sample(run: RunSections) -> int:
     check_family(run)
     if isinstance(run.data, DataConfig):
         return run.data.seq_len
-    assert isinstance(run.model, DiffusionConfig), "refused by check_family"
-    return run.data.num_tokens(run.model.patch_size)
+    assert not isinstance(run.model, LanguageConfig), "refused by check_family"
+    prefix = run.model.num_prefix_tokens if isinstance(run.model, VisionConfig) else 0
+    return prefix + run.data.num_tokens(patch_edge(run.model))
 
 
 def lengths(run: RunSections) -> list[int]:
@@ -83,6 +98,8 @@ def lengths(run: RunSections) -> list[int]:
     longest = tokens_per_sample(run)
     if isinstance(run.data, DataConfig) or run.data.buckets is None:
         return [longest]
-    assert isinstance(run.model, DiffusionConfig), "refused by check_family"
-    patch = run.model.patch_size
-    return sorted({height // patch * (width // patch) for _, height, width in run.data.shapes})
+    model = run.model
+    assert not isinstance(model, LanguageConfig), "refused by check_family"
+    prefix = model.num_prefix_tokens if isinstance(model, VisionConfig) else 0
+    patch = patch_edge(model)
+    return sorted({prefix + height // patch * (width // patch) for _, height, width in run.data.shapes})

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from triptych.data_pipeline.loader import BatchLoader
+from triptych.parallel.freezing import count_trainable
 from triptych.parallel.layout import Layout, build_mesh
 from triptych.parallel.model import ParallelModel
 from triptych.parallel.parallelize import parallelize
@@ -31,11 +32,13 @@ from triptych.training.evaluation import (
     MicroBatchLoss,
     Sums,
     evaluate,
-    global_count,
+    global_counts,
     global_sums,
     prepare,
     to_device,
 )
+from triptych.training.expert_pictures import RouterFigures, natural
+from triptych.training.finetune import start_from
 from triptych.training.group import Group
 from triptych.training.image_grids import ImageGrids
 from triptych.training.loop import due, train
@@ -117,10 +120,17 @@ class Session:
         self.tokens = 0
         self.skipped_steps = 0
         self.valid_loss: float | None = None
+        self.valid_metrics: dict[str, float] = {}
+        self.routing: dict[str, RouterFigures] = {}
         self._meta = meta
         self._owns_group = owns_group
         self.model = _parallelize(run, self.layout, device)
-        self.optimizer = AdamW(self.model.named_parameters(), run.train.optimizer)
+        self.optimizer = AdamW(
+            self.model.named_parameters(),
+            run.train.optimizer,
+            num_blocks=run.model.num_layers,
+            frozen=run.train.freeze,
+        )
         self.ema = EMA(self.model.named_parameters(), run.train.ema) if run.train.ema else None
         self.loader = self._loader(open_training(run), read_ahead=2)
         self.validation = open_validation(run)
@@ -128,6 +138,12 @@ class Session:
         resumed = recovery.choose(run.checkpoint.resume, root, self.group, restarted=restarted)
         if resumed is not None:
             self.load(resumed)
+        elif run.train.finetune is not None:
+            start_from(self.model.shards(), run.train.finetune, run.model, self.group)
+            if self.ema is not None:
+                self.ema.restart()
+        if self.group.rank == 0:
+            log.info("training %d of %d parameters", *count_trainable(run.model, run.train.freeze))
         self.grids = ImageGrids(run, self.model, self.ema) if run.log.images else None
         self.grids_every = run.log.images.every if run.log.images else 0
         self.checkpointer = Checkpointer(
@@ -175,8 +191,8 @@ class Session:
     def forward_backward(self, batch: list[Batch]) -> Sums:
         """Gradients of the mean loss over the global batch, and its value."""
         with self.stopwatch.phase("forward_backward"):
-            count = global_count(self.model, self.objective, batch)
-            function = MicroBatchLoss(self.objective, max(count, 1.0), self.device)
+            counts = global_counts(self.model, self.objective, batch)
+            function = MicroBatchLoss(self.objective, counts, self.device)
             local = self.model.forward_backward(batch, function)
             return global_sums(self.model, function, local, self.dp_rank, self.layout.dp_size)
 
@@ -195,7 +211,9 @@ class Session:
 
         Raises NonFiniteLoss once more than max_skipped_steps were to be skipped.
         """
-        if _finite(loss, grad_norm):
+        finite = _finite(loss, grad_norm)
+        self.routing = self.model.update_routers(move=finite)
+        if finite:
             with self.stopwatch.phase("optimizer"):
                 self.optimizer.step(self.learning_rate(step))
                 if self.ema is not None:
@@ -208,24 +226,20 @@ class Session:
         self.tokens += self.run.train.global_batch_size * tokens_per_sample(self.run)
 
     def evaluate(self) -> None:
-        """Set `valid_loss`, the mean over the validation set."""
+        """Set `valid_loss`, the mean over the validation set, and `valid_metrics`."""
         assert self.validation is not None, "train.eval_every without data.valid is refused by check()"
         with self.stopwatch.phase("evaluate"), self._loader(self.validation, read_ahead=1) as batches:
-            self.valid_loss, _ = evaluate(
-                self.model,
-                self.objective,
-                batches,
-                device=self.device,
-                step=self.step,
-                dp_rank=self.dp_rank,
-                dp_size=self.layout.dp_size,
+            self.valid_loss, self.valid_metrics = evaluate(
+                self.model, self.objective, batches, device=self.device, step=self.step
             )
 
     def report(self, step: int, loss: Sums, grad_norm: float) -> None:
         """Report, on rank 0, a step that is due, the last, one that validated or one that was skipped."""
         valid_loss, self.valid_loss = self.valid_loss, None
+        valid_metrics, self.valid_metrics = self.valid_metrics, {}
         skipped = not _finite(loss, grad_norm)
         wanted = due(step, self.run.log.every, self.run.train.steps) or skipped or valid_loss is not None
+        routing = self._gathered_routing() if wanted else {}
         if self.reporter is not None and wanted:
             self.reporter.report(
                 step,
@@ -236,6 +250,8 @@ class Session:
                 skipped=skipped,
                 skipped_steps=self.skipped_steps,
                 valid_loss=valid_loss,
+                valid_metrics=valid_metrics,
+                routing=routing,
                 stopwatch=self.stopwatch,
             )
 
@@ -260,6 +276,7 @@ class Session:
         recovery.check_same_run(directory, state["config"], as_json(self.run))
         with store.open_reader(directory) as reader:
             averaged = any(name.startswith(PREFIX) for name in reader.index)
+            recovery.check_moments(directory, reader.index, self.optimizer.shards(self.model.shards()))
             for window in self._windows():
                 if averaged or not window.name.startswith(PREFIX):
                     reader.read_into(window)
@@ -330,6 +347,13 @@ class Session:
                 self.run.train.max_skipped_steps,
             )
 
+    def _gathered_routing(self) -> dict[str, RouterFigures]:
+        """What the routers of all stages saw of the global batch, by name, in the order of the layers."""
+        if not self.model.has_routers:
+            return {}
+        found = {name: each for part in self.group.gather(self.routing) for name, each in part.items()}
+        return dict(sorted(found.items(), key=lambda item: natural(item[0])))
+
     def _loader(self, dataset: Any, read_ahead: int) -> BatchLoader:
         return BatchLoader(
             dataset,
@@ -367,6 +391,7 @@ def _parallelize(run: RunSections, layout: Layout, device: torch.device) -> Para
         micro_batch_size=config.micro_batch_size,
         num_micro_batches=config.global_batch_size // (layout.dp_size * config.micro_batch_size),
         autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None,
+        frozen=config.freeze,
     )
 
 

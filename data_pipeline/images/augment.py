@@ -17,6 +17,7 @@ import numpy.typing as npt
 from triptych.data_pipeline.images.config import AugmentConfig
 from triptych.data_pipeline.images.draws import uniforms
 from triptych.data_pipeline.images.index import FORMATS, MAX_PIXELS
+from triptych.data_pipeline.images.randaugment import randaugment
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,9 +44,13 @@ def decode(data: bytes, channels: int) -> Image:
 
 
 def pixels(
-    image: Image, size: tuple[int, int], augment: AugmentConfig, sample_key: int
+    image: Image, size: tuple[int, int], augment: AugmentConfig, sample_key: int, *, reshape: bool = False
 ) -> npt.NDArray[np.float32]:
-    """(C, H, W) of the size wanted, in [-1, 1]. Raises ValueError for another size under crop: none."""
+    """(C, H, W) of the size wanted, in [-1, 1]; what of the image that is, `part` and `mirrored` say.
+
+    reshape: whether augment.randaugment may turn and move what is seen. Raises ValueError for another size
+    under crop: none.
+    """
     if augment.crop == "none" and (image.height, image.width) != size:
         raise ValueError(
             f"its size is {[image.height, image.width]}, not {list(size)}, and augment.crop is none"
@@ -54,11 +59,32 @@ def pixels(
         cut = random_part(image, size, augment, sample_key)
     else:
         cut = center(image, size)
+    if augment.randaugment is not None:
+        cut = randaugment(cut, augment.randaugment, sample_key, reshape=reshape)
     values = np.asarray(cut, np.float32)
     values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
-    if augment.flip and uniforms(sample_key, "flip", 1)[0] < 0.5:
+    if mirrored(augment, sample_key):
         values = values[:, :, ::-1]
     return np.ascontiguousarray(values / np.float32(127.5) - np.float32(1.0))
+
+
+def mirrored(augment: AugmentConfig, sample_key: int) -> bool:
+    """Whether the sample is mirrored left to right, after it is cut."""
+    return augment.flip and bool(uniforms(sample_key, "flip", 1)[0] < 0.5)
+
+
+def part(image: tuple[int, int], size: tuple[int, int], augment: AugmentConfig, sample_key: int) -> Box:
+    """The part of an image of (height, width) that `pixels` resizes to `size`, whatever the steps."""
+    height, width = image
+    if augment.crop == "random_resized":
+        return random_box(image, size, augment, sample_key)
+    if augment.crop == "none":
+        return 0.0, 0.0, float(width), float(height)
+    # Every step of `center` before its last scales the whole image, so together they are one scaling.
+    covering = _covering(image, size)
+    left, top = (covering[0] - size[1]) // 2, (covering[1] - size[0]) // 2
+    x, y = width / covering[0], height / covering[1]
+    return left * x, top * y, (left + size[1]) * x, (top + size[0]) * y
 
 
 def center(image: Image, size: tuple[int, int]) -> Image:
@@ -71,14 +97,22 @@ def center(image: Image, size: tuple[int, int]) -> Image:
     height, width = size
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
-    scale = max(width / image.width, height / image.height)
-    covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    covering = _covering((image.height, image.width), size)
     if image.size != covering:
         image = image.resize(covering, Resampling.BICUBIC)
     if covering == (width, height):
         return image
     left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+def _covering(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of the image when, after its halvings, it just covers `size`."""
+    height, width = image
+    while width >= 2 * size[1] and height >= 2 * size[0]:
+        height, width = height // 2, width // 2
+    scale = max(size[1] / width, size[0] / height)
+    return max(size[1], round(width * scale)), max(size[0], round(height * scale))
 
 
 def random_part(image: Image, size: tuple[int, int], augment: AugmentConfig, sample_key: int) -> Image:

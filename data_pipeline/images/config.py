@@ -14,6 +14,49 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class RandAugmentConfig(Section):
+    """RandAugment (arXiv 1909.13719): operations drawn evenly, one after the other, all of one strength."""
+
+    num_ops: int = Field(default=2, ge=1, le=16)
+    """Operations on each image."""
+    magnitude: float = Field(default=9.0, ge=0.0, le=10.0)
+    """Strength of the operations that have one; 10: as strong as AutoAugment's strongest."""
+
+
+class AugmentConfig(Section):
+    """What is done to an image in training. Validation always takes the centre and never flips."""
+
+    crop: Literal["none", "center", "random_resized"] = "center"
+    """center: the shorter side is resized to fit, the rest cut off evenly (as ADM does, arXiv 2105.05233).
+    random_resized: a random part of the image, resized. none: images must have the size already."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """For random_resized: the part's share of the image's area, between these."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """For random_resized: the part's width / height, between these, relative to that of the size wanted."""
+    flip: bool = False
+    """Every second image, chosen by its key, is mirrored left to right."""
+    randaugment: RandAugmentConfig | None = None
+    """For vision tasks: random changes of colours, and of shape where a task is to classify."""
+    mixup: float = Field(default=0.0, ge=0.0)
+    """For tasks that classify: each image is blended with another one of its source by a share drawn from
+    Beta(mixup, mixup) (arXiv 1710.09412); 0: not."""
+    cutmix: float = Field(default=0.0, ge=0.0)
+    """The same with a box of the other image put in, of an area share from Beta(cutmix, cutmix) (arXiv
+    1905.04899). With mixup too, every second image, chosen by its key, takes one or the other."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with others."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @model_validator(mode="after")
+    def _ranges(self) -> AugmentConfig:
+        for name, (low, high), limit in (("scale", self.scale, 1.0), ("ratio", self.ratio, math.inf)):
+            if not 0 < low <= high <= limit:
+                raise ValueError(f"{name}=[{low}, {high}] must be rising, above 0 and at most {limit}")
+        return self
+
+
 class ImageSourceConfig(Section):
     """Shards of one data set. May be written as the path alone."""
 
@@ -24,6 +67,10 @@ class ImageSourceConfig(Section):
     """Share of the samples, relative to the other sources' weights; any positive number."""
     name: str | None = None
     """Name in messages and in the saved data position; unset: the path."""
+    task: str | None = None
+    """For vision models: the task of model.tasks that the samples are for; with one task it may be unset."""
+    augment: AugmentConfig | None = None
+    """What is done to this source's images in training; unset: data.augment."""
 
     @model_validator(mode="before")
     @classmethod
@@ -43,27 +90,6 @@ class ImageSourceConfig(Section):
     def label(self) -> str:
         """The name under which the source is reported and its position saved."""
         return self.name or self.path
-
-
-class AugmentConfig(Section):
-    """What is done to an image in training. Validation always takes the centre and never flips."""
-
-    crop: Literal["none", "center", "random_resized"] = "center"
-    """center: the shorter side is resized to fit, the rest cut off evenly (as ADM does, arXiv 2105.05233).
-    random_resized: a random part of the image, resized. none: images must have the size already."""
-    scale: tuple[float, float] = (0.08, 1.0)
-    """For random_resized: the part's share of the image's area, between these."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """For random_resized: the part's width / height, between these, relative to that of the size wanted."""
-    flip: bool = False
-    """Every second image, chosen by its key, is mirrored left to right."""
-
-    @model_validator(mode="after")
-    def _ranges(self) -> AugmentConfig:
-        for name, (low, high), limit in (("scale", self.scale, 1.0), ("ratio", self.ratio, math.inf)):
-            if not 0 < low <= high <= limit:
-                raise ValueError(f"{name}=[{low}, {high}] must be rising, above 0 and at most {limit}")
-        return self
 
 
 class BucketConfig(Section):
@@ -166,7 +192,7 @@ class ImageDataConfig(Section):
     kind: Literal["images"] = "images"
     """Images or their latents in WebDataset shards."""
     sources: tuple[ImageSourceConfig, ...]
-    """Training data, mixed by weight."""
+    """Training data, mixed by weight; of a vision model each for a task."""
     valid: tuple[ImageSourceConfig, ...] | None = None
     """Validation data, in the order of the files (weights are not used); unset: none. Never streamed."""
     content: Literal["images", "latents"] = "images"
@@ -185,6 +211,9 @@ class ImageDataConfig(Section):
     """Rows of several images, each in its own size."""
     vae: VaeConfig = VaeConfig()
     """For latents: what encoded them."""
+    max_boxes: int = Field(default=32, ge=1)
+    """For tasks that detect: boxes that a row has places for; those beyond are left out of the image, and
+    such images are counted."""
     max_bad_samples: int = Field(default=100, ge=0)
     """Samples that may be left out as unreadable; one more stops the run. Each rank counts those it met."""
     decode_threads: int = Field(default=1, ge=1)
@@ -232,19 +261,40 @@ class ImageDataConfig(Section):
             raise ValueError(f"image_size={list(self.image_size)} must be at least 1 each way")
         if self.content == "images" and self.channels not in (1, 3):
             raise ValueError(f"channels={self.channels}: images have 1 (grey) or 3 (colour)")
-        if self.content == "latents" and (self.augment.crop == "random_resized" or self.augment.flip):
-            raise ValueError(
-                "latents are not cropped or flipped, for that is not what the autoencoder makes of a cropped "
-                "or flipped image; remove augment"
-            )
-        if self.packing is not None and self.augment.crop == "random_resized":
-            raise ValueError("packing keeps whole images; use augment.crop: center (or none)")
+        for augment in map(self.augment_of, self.sources):
+            self._check_augment(augment)
+        for source in self.valid or ():
+            if source.augment is not None:
+                raise ValueError(
+                    f"validation source {source.label} has augment, and validation takes the centre of the "
+                    "image as it is; remove it"
+                )
         if self.stream is not None and self.image_size is None:
             raise ValueError(
                 "buckets and packing need the sizes of all images beforehand, which streams do not have; "
                 "use image_size, or shards on a file system"
             )
         return self
+
+    def _check_augment(self, augment: AugmentConfig) -> None:
+        changed = augment.crop == "random_resized" or augment.flip or augment.randaugment or augment.mixes
+        if self.content == "latents" and changed:
+            raise ValueError(
+                "latents are not cropped or flipped, for that is not what the autoencoder makes of a cropped "
+                "or flipped image; remove augment"
+            )
+        if self.packing is not None and augment.crop == "random_resized":
+            raise ValueError("packing keeps whole images; use augment.crop: center (or none)")
+        if augment.mixes and (self.packing is not None or self.stream is not None):
+            key = "packing" if self.packing is not None else "stream"
+            raise ValueError(
+                f"augment.mixup={augment.mixup:g} and cutmix={augment.cutmix:g} take another image of the "
+                f"same size from the source at random, which data.{key} does not have; remove either"
+            )
+
+    def augment_of(self, source: ImageSourceConfig) -> AugmentConfig:
+        """What is done to the images of a source in training."""
+        return source.augment or self.augment
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:

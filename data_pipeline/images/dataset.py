@@ -24,10 +24,12 @@ import numpy.typing as npt
 from triptych.data_pipeline.dataset import collate
 from triptych.data_pipeline.images.augment import CENTER, patches
 from triptych.data_pipeline.images.config import AugmentConfig, ImageDataConfig, ImageSourceConfig
-from triptych.data_pipeline.images.faults import Faults
+from triptych.data_pipeline.images.faults import CutImages, Faults
+from triptych.data_pipeline.images.mixing import partner_of
 from triptych.data_pipeline.images.needs import ImageNeeds
-from triptych.data_pipeline.images.rows import Decoder, Row, Unreadable, put
+from triptych.data_pipeline.images.rows import Row, Unreadable, put
 from triptych.data_pipeline.images.source import ImageSource
+from triptych.data_pipeline.images.tasks import TaskDecoder, decoder_of
 from triptych.data_pipeline.order import Mixture, key
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class _ImageRows:
         sources: Sequence[ImageSourceConfig],
         config: ImageDataConfig,
         needs: ImageNeeds,
-        augment: AugmentConfig,
+        augment: AugmentConfig | None,
         *,
         seed: int | None,
         global_batch_size: int | None,
@@ -57,12 +59,15 @@ class _ImageRows:
         self.config, self.needs = config, needs
         self.threads = config.decode_threads
         self.batch_size = global_batch_size if config.buckets is not None else None
-        self.bad = Faults(config.max_bad_samples)
+        self.bad, self.cut = Faults(config.max_bad_samples), CutImages(config.max_boxes)
         self.sources = [
             ImageSource(source, s, config, needs, self.bad, seed=seed, batch_size=self.batch_size)
             for s, source in enumerate(sources)
         ]
-        self._decoders = [Decoder(config, needs, augment, source.scale) for source in self.sources]
+        self._decoders = [
+            decoder_of(config, needs, given, augment or config.augment_of(given), source.scale, self.cut)
+            for given, source in zip(sources, self.sources)
+        ]
 
     @property
     def num_images(self) -> int:
@@ -74,7 +79,8 @@ class _ImageRows:
 
         x: (B, C, H, W) float32, labels: (B,) for class and text: (B, L, E) for text conditioning, valid: (B,)
         bool, sample_keys: (B,). With packing x: (B, T, p*p*C), positions: (B, T, 2), document_ids: (B, T),
-        sizes: (B, G, 2), labels, valid, image_keys: (B, G), sample_keys: (B,).
+        sizes: (B, G, 2), labels, valid, image_keys: (B, G), sample_keys: (B,). Of vision models: see
+        tasks.py.
         """
         return collate(rows)
 
@@ -85,14 +91,26 @@ class _ImageRows:
         if self.config.packing is not None:
             return self._packed(s, samples[samples >= 0], sample_key)
         size = self._size(0 if source.buckets is None else source.bucket(n))
-        sample = int(samples[0])
-        if sample >= 0:
-            members = source.read(sample)
-            try:
-                return self._decoders[s].grid_row(members, source.class_label(sample), size, sample_key)
-            except Unreadable as error:
-                self.bad.add(source.name(sample), str(error))
-        return self._decoders[s].empty_row(size, sample_key)
+        sample, decoder = int(samples[0]), self._decoders[s]
+        row = self._grid_row(s, sample, size, sample_key) if sample >= 0 else None
+        if row is None:
+            return decoder.empty_row(size, sample_key)
+        if isinstance(decoder, TaskDecoder) and decoder.mixes:
+            partner = partner_of(sample, len(source), sample_key)
+            key_of_partner = key(sample_key, "partner") >> 1
+            other = None if partner is None else self._grid_row(s, partner, size, key_of_partner)
+            return row if other is None else decoder.mixed(row, other)
+        return row
+
+    def _grid_row(self, s: int, sample: int, size: tuple[int, int], sample_key: int) -> Row | None:
+        """The row of a sample of source s; None, and one more in `bad`, where it cannot be read."""
+        source = self.sources[s]
+        name, members = source.name(sample), source.read(sample)
+        try:
+            return self._decoders[s].grid_row(members, source.class_label(sample), size, sample_key, name)
+        except Unreadable as error:
+            self.bad.add(name, str(error))
+        return None
 
     def _size(self, bucket: int) -> tuple[int, int]:
         _, height, width = self.config.shapes[bucket]
@@ -140,7 +158,7 @@ class ImageDataset(_ImageRows):
             config.sources,
             config,
             needs or ImageNeeds(),
-            config.augment,
+            None,
             seed=seed,
             global_batch_size=global_batch_size,
         )
@@ -182,7 +200,8 @@ class ImageValidation(_ImageRows):
         limit: int | None = None,
     ) -> None:
         """limit: use only that many rows, evenly spread over all, and always the same; with buckets, as many
-        whole batches as that takes. Otherwise as ImageDataset."""
+        whole batches as that takes. Of a vision model's data so many of each source, for each has a task to
+        tell of. Otherwise as ImageDataset."""
         if not config.valid:
             raise ValueError("data.valid names no validation data")
         super().__init__(
@@ -194,12 +213,17 @@ class ImageValidation(_ImageRows):
             global_batch_size=global_batch_size,
         )
         self._unit = self.batch_size or 1
-        self._ends = np.cumsum([source.samples_per_epoch for source in self.sources])
-        self._all = int(self._ends[-1]) // self._unit
-        self._units = self._all if limit is None else min(-(-limit // self._unit), self._all)
+        counts = [source.samples_per_epoch for source in self.sources]
+        self._ends = np.cumsum(counts)
+        # Rows among which `limit` is taken, in units, and how many are: all together, or of each source.
+        groups = counts if self.needs.tasks is not None else [sum(counts)]
+        self._there = [count // self._unit for count in groups]
+        self._taken = [
+            count if limit is None else min(-(-limit // self._unit), count) for count in self._there
+        ]
 
     def __len__(self) -> int:
-        return self._units * self._unit
+        return sum(self._taken) * self._unit
 
     def sample(self, i: int) -> Row:
         """Row i of the pass; without an image for i >= len()."""
@@ -221,7 +245,12 @@ class ImageValidation(_ImageRows):
     def _locate(self, i: int) -> tuple[int, int]:
         """(source, row of it) of row i."""
         unit, place = divmod(i, self._unit)
-        n = unit * self._all // self._units * self._unit + place
+        before = 0
+        for there, taken in zip(self._there, self._taken):
+            if unit < taken:
+                break
+            unit, before = unit - taken, before + there
+        n = (before + unit * there // taken) * self._unit + place
         source = int(np.searchsorted(self._ends, n, side="right"))
         return source, n - (int(self._ends[source - 1]) if source else 0)
 

@@ -1,20 +1,25 @@
-"""`triptych data digits`: scikit-learn's bundled handwritten digits as shards, the embedded default.
+"""`triptych data digits`: scikit-learn's bundled handwritten digits as shards, the embedded default; as they
+are, or several to an image with boxes or masks (canvas.py).
 
 1,797 grey images of 8 x 8, 16 shades, 10 classes (UCI's optical recognition of handwritten digits, test
-part). Nothing is downloaded. The split is a function of the pixels alone.
+part). Nothing is downloaded. The split is a function of the pixels alone, and canvases keep to it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from triptych.data_pipeline.images.canvas import compose, resized
 from triptych.data_pipeline.images.description import Description
+from triptych.data_pipeline.images.index import BOXES, MASK
 from triptych.data_pipeline.images.options import DigitsOptions
 from triptych.data_pipeline.images.writing import ImageManifest, ImageReport, Progress, SplitWriter, build
 from triptych.data_pipeline.order import key, permutation
@@ -31,30 +36,74 @@ def build_digits(options: DigitsOptions, progress: Progress | None = None) -> Im
     digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
     splits = split(images, labels, options.valid_share)
 
+    single = options.task == "classify"
+    counts = {"train": options.train_images, "valid": options.valid_images}
+    if single:
+        counts = {name: len(members) for name, members in splits.items()}
+
     def make(directory: Path, manifest: ImageManifest) -> None:
         done = 0
         for name, members in splits.items():
             shards = options.shards if name == "train" else -(-options.shards // 4)
-            writer = SplitWriter(directory / name, "digits", -(-len(members) // shards))
-            # Mixed, so that any stretch of a shard has all classes.
-            for n in members[permutation(len(members), key("digits", name))]:
-                image = {"png": _png(images[n], options.size), "cls": str(labels[n]).encode()}
-                writer.write(f"{n:04d}", image)
+            writer = SplitWriter(directory / name, "digits", -(-counts[name] // shards))
+            samples = (
+                _digits(images, labels, members, name, options)
+                if single
+                else _canvases(images[members], labels[members], name, counts[name], options)
+            )
+            for sample_name, sample in samples:
+                writer.write(sample_name, sample)
                 done += 1
                 if progress:
-                    progress("digits", done, len(images))
+                    progress("digits", done, sum(counts.values()))
             description = Description(
                 kind="images",
                 channels=1,
                 size=(options.size, options.size),
-                count=len(members),
+                count=counts[name],
                 shards=writer.close(),
-                classes=tuple(str(digit) for digit in range(10)),
+                classes=(*(("background",) if options.task == "segment" else ()), *map(str, range(10))),
             )
             description.write(directory / name)
-            manifest.splits[name] = len(members)
+            manifest.splits[name] = counts[name]
 
-    return build("digits", options, set(), digest, make)
+    # Named as it always was, so that digits built by an earlier version are found.
+    command = "digits" if single else f"digits --task {options.task}"
+    indifferent = {"task", "train_images", "valid_images", "seed"} if single else {"task"}
+    return build(command, options, indifferent, digest, make)
+
+
+def _digits(
+    images: npt.NDArray[np.uint8],
+    labels: npt.NDArray[np.int64],
+    members: npt.NDArray[np.int64],
+    split_name: str,
+    options: DigitsOptions,
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(name, members) of the digits of a split, mixed, so that any stretch of a shard has all classes."""
+    for n in members[permutation(len(members), key("digits", split_name))]:
+        picture = resized(_grey(images[n]), options.size)
+        yield f"{n:04d}", {"png": _png(picture), "cls": str(labels[n]).encode()}
+
+
+def _canvases(
+    images: npt.NDArray[np.uint8],
+    labels: npt.NDArray[np.int64],
+    split_name: str,
+    count: int,
+    options: DigitsOptions,
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(name, members) of canvases of the digits of a split."""
+    shades = _grey(images)
+    for n in range(count):
+        made = compose(shades, labels, options.size, options.seed, f"{options.task} {split_name}", n)
+        sample = {"png": _png(made.image)}
+        if options.task == "segment":
+            sample[MASK] = _png(made.mask)
+        else:
+            pairs = zip(made.boxes.tolist(), made.labels.tolist())
+            sample[BOXES] = json.dumps([{"box": box, "label": label} for box, label in pairs]).encode()
+        yield f"{n:06d}", sample
 
 
 def _load() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
@@ -85,12 +134,14 @@ def split(
     return {"train": np.flatnonzero(~held_out), "valid": np.flatnonzero(held_out)}
 
 
-def _png(image: npt.NDArray[np.uint8], size: int) -> bytes:
+def _grey(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Shades 0 .. 16 as 0 .. 255."""
+    return np.round(image * (255 / _SHADES)).astype(np.uint8)
+
+
+def _png(image: npt.NDArray[np.uint8]) -> bytes:
     from PIL import Image
 
-    picture = Image.fromarray(np.round(image * (255 / _SHADES)).astype(np.uint8))
-    if size != picture.width:
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
     file = io.BytesIO()
-    picture.save(file, format="PNG")
+    Image.fromarray(image).save(file, format="PNG")
     return file.getvalue()

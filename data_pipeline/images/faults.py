@@ -45,3 +45,28 @@ class Faults:
                     f"the first are: {'; '.join(self.names[:_LOGGED])}. Mend the shards or write them again, "
                     "or raise data.max_bad_samples"
                 )
+
+
+class CutImages:
+    """The images of which this process left out boxes, as they have more than a row (data.max_boxes).
+
+    len() is how many, each counted once; the first is logged as a warning. Threads may add together.
+    """
+
+    def __init__(self, most: int) -> None:
+        """most: data.max_boxes."""
+        self.most = most
+        self._seen: set[str] = set()
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def add(self, name: str) -> None:
+        """Counts an image."""
+        with self._lock:
+            if not self._seen:
+                log.warning(
+                    "%s has more boxes than data.max_boxes=%d; those beyond are left out", name, self.most
+                )
+            self._seen.add(name)

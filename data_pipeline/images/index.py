@@ -32,6 +32,7 @@ log = logging.getLogger("triptych.data_pipeline.images")
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
 MEAN, STD, TEXT = "mean.npy", "std.npy", "text.npy"
+MASK, BOXES = "mask.png", "boxes.json"
 NO_LABEL, BAD_LABEL = -1, -2
 UNREADABLE = -1
 MAX_PIXELS = 1 << 26

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,16 +12,40 @@ from triptych.data_pipeline.images.config import Section
 class DigitsOptions(Section):
     """What `triptych data digits` is asked to build: scikit-learn's 1,797 handwritten digits, 8 x 8 grey."""
 
+    task: Literal["classify", "detect", "segment"] = "classify"
+    """classify: the digits as they are. detect, segment: canvases of one to four of them, with boxes or
+    masks."""
     out: str = Field(default="data/digits", min_length=1)
-    """Directory of the shards: train/, valid/, manifest.json."""
+    """Directory of the shards: train/, valid/, manifest.json. Unset: data/digits, data/digits-detect or
+    data/digits-segment."""
     size: int = Field(default=8, ge=8)
-    """Edge of the images in pixels; above 8 they are resized (bicubic)."""
+    """Edge of the images in pixels; digits above 8 are resized (bicubic). Unset: 8, and 32 for canvases."""
+    train_images: int = Field(default=3000, ge=1)
+    """Canvases for training."""
+    valid_images: int = Field(default=500, ge=1)
+    """Canvases for validation, of the digits held out."""
+    seed: int = 0
+    """Of the canvases; each is a function of the seed and its number."""
     shards: int = Field(default=4, ge=1, le=100)
     """Shards of the training split; the validation split has about a quarter as many."""
     valid_share: float = Field(default=0.2, gt=0.0, lt=1.0)
     """Share of each class held out for validation, chosen by a hash of the pixels."""
     overwrite: bool = False
     """Replace shards in `out` that were made with other options."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_task(cls, values: Any) -> Any:
+        """What depends on the task where it is not given."""
+        if not isinstance(values, dict) or values.get("task", "classify") == "classify":
+            return values
+        return {"out": f"data/digits-{values['task']}", "size": 32, **values}
+
+    @model_validator(mode="after")
+    def _room(self) -> DigitsOptions:
+        if self.task != "classify" and self.size < 24:
+            raise ValueError(f"size={self.size} has no room for several digits; use at least 24")
+        return self
 
 
 class ImageFolderOptions(Section):

@@ -66,32 +66,15 @@ class Decoder:
             raise ValueError("it holds values that are not finite")
         return drawn.astype(np.float32)
 
-    def text(self, members: Mapping[str, bytes]) -> npt.NDArray[np.float32]:
-        """(L, E), zeros behind the text's end. Raises Unreadable."""
-        assert self.needs.text is not None, "asked for text without need of it"
-        filled = np.zeros(self.needs.text, np.float32)
-        try:
-            found = load_array(members[TEXT])
-            if found.ndim != 2 or len(found) > len(filled) or found.shape[1] != filled.shape[1]:
-                raise ValueError(
-                    f"{TEXT} has shape {found.shape}, and {filled.shape} is the most there can be"
-                )
-            filled[: len(found)] = found
-            if not np.isfinite(filled).all():
-                raise ValueError(f"{TEXT} holds values that are not finite")
-        except Exception as error:
-            raise Unreadable(f"{type(error).__name__}: {error}") from error
-        return filled
-
     def grid_row(
-        self, members: Mapping[str, bytes], label: int, size: tuple[int, int], sample_key: int
+        self, members: Mapping[str, bytes], label: int, size: tuple[int, int], sample_key: int, name: str = ""
     ) -> Row:
-        """The row of one image. Raises Unreadable."""
+        """The row of one image, called `name` in messages. Raises Unreadable."""
         row: Row = {"x": self.values(members, size, sample_key)}
         if self.needs.num_classes is not None:
             row["labels"] = label
         if self.needs.text is not None:
-            row["text"] = self.text(members)
+            row["text"] = read_text(members, self.needs.text)
         return {**row, "valid": True, "sample_keys": sample_key}
 
     def empty_row(self, size: tuple[int, int], sample_key: int) -> Row:
@@ -118,6 +101,21 @@ class Decoder:
             row["labels"] = np.zeros(images, np.int64)
         valid, image_keys = np.zeros(images, np.bool_), np.zeros(images, np.int64)
         return {**row, "valid": valid, "image_keys": image_keys, "sample_keys": sample_key}
+
+
+def read_text(members: Mapping[str, bytes], shape: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """(L, E), zeros behind the text's end. Raises Unreadable."""
+    filled = np.zeros(shape, np.float32)
+    try:
+        found = load_array(members[TEXT])
+        if found.ndim != 2 or len(found) > len(filled) or found.shape[1] != filled.shape[1]:
+            raise ValueError(f"{TEXT} has shape {found.shape}, and {filled.shape} is the most there can be")
+        filled[: len(found)] = found
+        if not np.isfinite(filled).all():
+            raise ValueError(f"{TEXT} holds values that are not finite")
+    except Exception as error:
+        raise Unreadable(f"{type(error).__name__}: {error}") from error
+    return filled
 
 
 def load_array(data: bytes) -> npt.NDArray[Any]:

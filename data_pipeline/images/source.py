@@ -16,7 +16,7 @@ from triptych.data_pipeline.images.config import ImageDataConfig, ImageSourceCon
 from triptych.data_pipeline.images.description import Description
 from triptych.data_pipeline.images.faults import Faults
 from triptych.data_pipeline.images.index import MEAN
-from triptych.data_pipeline.images.needs import ImageNeeds, SampleCheck, usable
+from triptych.data_pipeline.images.needs import ImageNeeds, SampleCheck, check_classes, usable
 from triptych.data_pipeline.images.plan import (
     BucketPlan,
     PackedPlan,
@@ -65,14 +65,16 @@ class ImageSource:
                 f"data.content={config.content}; make them agree, or write the shards wanted with `triptych "
                 "data latents` or `images`"
             )
+        asked = needs.of(source)
+        check_classes(self.label, description, asked)
         self.shards = Shards(paths)
-        self.samples = usable(self.shards, config, needs, faults)
+        self.samples = usable(self.shards, config, asked, faults)
         if not len(self.samples):
             raise ValueError(
                 f"source {self.label} has no usable sample in {len(paths)} shards; "
                 f"{'; '.join(faults.names[:3])}"
             )
-        SampleCheck(self.label, self.shards, self.samples, config, needs).run()
+        SampleCheck(self.label, self.shards, self.samples, config, asked).run()
         sizes = self.shards.images if config.content == "images" else self.shards.latents[:, 1:]
         self.scale = self._scale(config, description) if config.content == "latents" else None
         self.grids: npt.NDArray[np.int64] | None = None

@@ -33,12 +33,13 @@ import numpy as np
 from triptych.data_pipeline.dataset import collate
 from triptych.data_pipeline.images.config import ImageDataConfig
 from triptych.data_pipeline.images.description import Description
-from triptych.data_pipeline.images.faults import Faults
+from triptych.data_pipeline.images.faults import CutImages, Faults
 from triptych.data_pipeline.images.index import BAD_LABEL, NO_LABEL, parse_label
 from triptych.data_pipeline.images.needs import ImageNeeds
-from triptych.data_pipeline.images.rows import Decoder, Row, Unreadable
+from triptych.data_pipeline.images.rows import Row, Unreadable
 from triptych.data_pipeline.images.scaling import LatentScale, latent_scale
 from triptych.data_pipeline.images.shards import expand, find_shards, is_url
+from triptych.data_pipeline.images.tasks import decoder_of
 from triptych.data_pipeline.order import Mixture, key, permutation
 
 if TYPE_CHECKING:
@@ -56,13 +57,14 @@ class StreamedImages:
         """As ImageDataset. Nothing is opened before the first sample is asked for."""
         self.config, self.seed, self.needs = config, seed, needs or ImageNeeds()
         self.needs.check(config)
-        self.bad = Faults(config.max_bad_samples)
+        self.bad, self.cut = Faults(config.max_bad_samples), CutImages(config.max_boxes)
         self.urls = [_urls(source.path) for source in config.sources]
         self.mixture = Mixture(
             [source.weight for source in config.sources], [source.label for source in config.sources]
         )
         self.decoders = [
-            Decoder(config, self.needs, config.augment, self._scale(s)) for s in range(len(config.sources))
+            decoder_of(config, self.needs, source, config.augment_of(source), self._scale(s), self.cut)
+            for s, source in enumerate(config.sources)
         ]
 
     def _scale(self, s: int) -> LatentScale | None:
@@ -123,8 +125,8 @@ class RankStream:
         _, height, width = data.config.shapes[0]
         for in_a_row, (members, name) in enumerate(self._sources[s], start=1):
             try:
-                label = self._label(members, name)
-                return data.decoders[s].grid_row(members, label, (height, width), sample_key)
+                label = self._label(s, members, name)
+                return data.decoders[s].grid_row(members, label, (height, width), sample_key, name)
             except Unreadable as error:
                 data.bad.add(name, str(error))
             # Those counted before do not count again, so that a stream of nothing else would not end.
@@ -135,9 +137,10 @@ class RankStream:
                 )
         raise AssertionError("streams do not end")
 
-    def _label(self, members: dict[str, Any], name: str) -> int:
+    def _label(self, s: int, members: dict[str, Any], name: str) -> int:
         """The sample's label. Raises Unreadable where it has none, ValueError where no class has it."""
-        classes = self.data.needs.num_classes
+        needs = self.data.needs.of(self.data.config.sources[s])
+        classes = needs.num_classes
         if classes is None:
             return NO_LABEL
         label = parse_label(members)
@@ -145,7 +148,7 @@ class RankStream:
             raise Unreadable("it has no label that is an integer from 0 on")
         if label >= classes:
             raise ValueError(
-                f"{name} has label {label}, outside 0 .. {classes - 1} (model.conditioning.num_classes); "
+                f"{name} has label {label}, outside 0 .. {classes - 1} ({needs.key}.num_classes); "
                 "raise it, or write the shards again"
             )
         return label

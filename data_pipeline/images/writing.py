@@ -153,10 +153,11 @@ def _existing(out: Path, wanted: ImageManifest, overwrite: bool) -> ImageManifes
         if overwrite:
             return None
         raise ValueError(f"{out / NAME} cannot be used ({error}); build again with overwrite=true") from error
+    before = {**found.options, "command": found.command}
     changed = [
-        f"{key}: {found.options.get(key)} -> {value}"
+        f"{key}: {before.get(key)} -> {value}"
         for key, value in {**wanted.options, "command": wanted.command}.items()
-        if {**found.options, "command": found.command}.get(key) != value
+        if before.get(key) != value
     ]
     if changed and not overwrite:
         raise ValueError(

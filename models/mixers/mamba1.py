@@ -23,6 +23,7 @@ from triptych.models.norms import wide
 from triptych.models.registry import register_mixer
 from triptych.models.scan import arrange, orders_of, scanned_length
 from triptych.models.sharding import COLUMN, ROW, Cut, Shards
+from triptych.models.sums import sum_inside
 
 SCAN_PRODUCTS = 3
 """Multiply-adds of the scan per token, channel and state."""
@@ -149,9 +150,8 @@ class Mamba1(nn.Module):
         held = context.cache.layer(self.layer) if context.cache is not None else None
         x_BTI = self.conv_x(x_BTI, cu_seqlens=cu_seqlens, cache=held, cache_name="conv_x")
         partial = torch.cat([self.dt_down(x_BTI), self.b_proj(x_BTI), self.c_proj(x_BTI)], dim=-1)
-        whole = _SumInside.apply(partial, self.shards) if self.shards.count > 1 else partial
         states = self.settings.state_size
-        dt_BTR, b_BTN, c_BTN = whole.split([self.rank, states, states], dim=-1)
+        dt_BTR, b_BTN, c_BTN = sum_inside(partial, self.shards).split([self.rank, states, states], dim=-1)
         inputs = (x_BTI, self.dt_up(dt_BTR), -torch.exp(wide(a_log)), b_BTN, c_BTN)
         options: dict[str, Any] = {"d": wide(d), "z": z_BTI, "dt_bias": wide(dt_bias)}
         if held is not None:
@@ -189,17 +189,3 @@ class Mamba1(nn.Module):
             chunk_size=self.settings.chunk_size,
         )
         return y_BTI
-
-
-class _SumInside(torch.autograd.Function):
-    """Partial sums -> their sum over the shards. Each shard uses the sum on its own channels, so the gradient
-    of every partial sum is the sum of the shards' gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, shards: Shards) -> torch.Tensor:
-        ctx.shards = shards
-        return shards.sum(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.shards.sum(grads[0]), None

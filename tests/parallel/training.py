@@ -39,7 +39,7 @@ def model_config(**changes: Any) -> LanguageConfig:
         **MIXERS,
     }
     for key, value in changes.items():
-        whole[key] = {**whole[key], **value} if isinstance(value, dict) else value
+        whole[key] = {**whole.get(key, {}), **value} if isinstance(value, dict) else value
     return LanguageConfig(**whole)
 
 
@@ -79,6 +79,8 @@ def train_alone(config: LanguageConfig) -> dict[str, Any]:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
+        for router in filter(lambda module: getattr(module, "balanced", False), model.modules()):
+            router.update(router.take_record())
         model.eval()
         with torch.no_grad():
             seen["evaluations"].append(float(model(batch["tokens"], **inputs).sum() / counted(batch)))
@@ -155,6 +157,7 @@ def train_under(config: LanguageConfig, parallel: ParallelConfig, micro_batch_si
             tensor.grad = None if parameter.grad is None else local_part(parameter.grad)
         optimizer.step()
         model.zero_grad()
+        model.update_routers()
         seen["losses"].append(float(model.sum_over_data(loss)))
         seen["norms"].append(float(norm))
         seen["evaluations"].append(float(model.sum_over_data(model.forward(micro_batches, loss_fn))))
@@ -175,6 +178,19 @@ def logits_under(config: LanguageConfig, parallel: ParallelConfig) -> torch.Tens
     model.module.eval()
     with torch.no_grad():
         return model.module(global_batch(0)["tokens"][:2])
+
+
+def frozen_gradients(
+    config: LanguageConfig, parallel: ParallelConfig, patterns: tuple[str, ...]
+) -> dict[str, Any]:
+    """Gradients and their norm in the first step, on rank 0, with parameters or rows of them frozen."""
+    layout = Layout(parallel)
+    per_rank = GLOBAL_BATCH // layout.dp_size
+    model = parallel_model(config, parallel, per_rank // 2, frozen=patterns)
+    batches = local_micro_batches(layout, 0, per_rank // 2)
+    model.forward_backward(batches, loss_function(counted(global_batch(0))))
+    model.reduce_gradients()
+    return {"gradients": model.gather(lambda p: p.grad), "norm": float(model.grad_norm())}
 
 
 def autocast_loss(config: LanguageConfig, parallel: ParallelConfig) -> dict[str, Any]:

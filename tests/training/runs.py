@@ -166,3 +166,8 @@ def fit_ranks(corpus: Path, parallel: dict[str, Any], run_dir: Path, *fault: Any
         return fit(run, run_dir, objective)
     except (Stopped, NonFiniteLoss) as error:
         return f"{type(error).__name__}: {error}"
+
+
+def fit_changed(corpus: Path, run_dir: Path, changes: dict[str, dict[str, Any]]) -> list[StepReport]:
+    """What each rank of a group does: `make_run` with changes."""
+    return fit(make_run(corpus, **changes), run_dir)

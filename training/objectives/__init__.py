@@ -9,13 +9,14 @@ from triptych.training.objectives.build import build_objective
 from triptych.training.objectives.config import ObjectiveConfig, TreadConfig
 from triptych.training.objectives.diffusion import DiffusionObjective
 from triptych.training.objectives.language import IGNORED, LanguageModeling
-from triptych.training.objectives.protocol import Batch, Objective
+from triptych.training.objectives.protocol import Batch, Meter, Objective
 
 __all__ = [
     "IGNORED",
     "Batch",
     "DiffusionObjective",
     "LanguageModeling",
+    "Meter",
     "Objective",
     "ObjectiveConfig",
     "TreadConfig",

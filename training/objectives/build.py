@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from triptych.models.diffusion_config import DiffusionConfig
+from triptych.models.vision_config import VisionConfig
 from triptych.training.objectives.diffusion import DiffusionObjective
 from triptych.training.objectives.language import LanguageModeling
 from triptych.training.objectives.protocol import Objective

@@ -1,4 +1,4 @@
-"""`train.objective:` and `train.tread:`, what a denoiser is trained for.
+"""`train.objective:` and `train.tread:`, what a denoiser is trained for; `train.tasks:`, of vision models.
 
 t is 0 at the data and 1 at the noise everywhere in Triptych (`training/objectives/paths.py`).
 """
@@ -184,3 +184,21 @@ class TreadConfig(BaseModel):
                 "skipped"
             )
         return self
+
+
+class VisionTaskConfig(BaseModel):
+    """`train.tasks.<name>:`, how a task of a vision model is trained; a task without one has the defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weight: float = Field(default=1.0, ge=0)
+    """Factor on the task's mean loss in the sum over tasks; with model.task_weighting=uncertainty on
+    exp(-s) loss + s, where s is learned."""
+    loss: Literal["ce", "bce"] = "ce"
+    """Of classify. ce: softmax cross-entropy. bce: a sigmoid per class, summed over the classes (arXiv
+    2110.00476; better with mixup)."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Of classify: share of the label that is spread over all classes (arXiv 1512.00567), in validation
+    too."""
+    dice: float = Field(default=0.0, ge=0)
+    """Of segment: weight of 1 - Dice of each image's classes (arXiv 1606.04797) beside the cross-entropy."""

@@ -106,6 +106,13 @@ class DiffusionObjective:
             metrics["vlb"] = torch.where(valid, vlb, 0.0).sum()
         return torch.where(valid, weighted, 0.0).sum(), self.count(targets), metrics
 
+    def metric_counts(self, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Valid images, for each."""
+        return dict.fromkeys(self.metric_names, self.count(targets))
+
+    def meter(self) -> None:
+        """There is none: samples are judged by `triptych evaluate`."""
+
     def _targets(
         self,
         x0: Tensor,

@@ -31,3 +31,10 @@ class LanguageModeling:
         """Sum of per-token losses (B, T), in float32 at least."""
         wide = outputs if outputs.dtype == torch.float64 else outputs.float()
         return wide.sum(), self.count(targets), {}
+
+    def metric_counts(self, targets: Tensor) -> dict[str, Tensor]:
+        """There are no metrics."""
+        return {}
+
+    def meter(self) -> None:
+        """There is none."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from triptych.tools.image_metrics.inception import Inception, resize_like_tensorflow
 from triptych.tools.image_metrics.inception_network import InceptionNetwork
-from triptych.tools.torchvision_shim import prepare_torchvision
+from triptych.models.torchvision_shim import prepare_torchvision
 
 
 def random_network(classes: int, *, tensorflow: bool = False) -> InceptionNetwork:

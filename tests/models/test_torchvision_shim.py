@@ -30,7 +30,7 @@ def test_torchvision_imports_and_says_so_where_its_operators_are_missing() -> No
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
     found = run(
-        "from triptych.tools.torchvision_shim import prepare_torchvision\n"
+        "from triptych.models.torchvision_shim import prepare_torchvision\n"
         "declared = prepare_torchvision()\n"
         "import torch\n"
         "import torchvision\n"
@@ -55,7 +55,7 @@ def test_a_torchvision_without_compiled_part_can_be_imported(tmp_path: Path) -> 
     plain = "import torchvision"
     with pytest.raises(AssertionError, match="torchvision::nms does not exist"):
         run(plain, tmp_path)
-    shim = "from triptych.tools.torchvision_shim import prepare_torchvision\nprint(prepare_torchvision())\n"
+    shim = "from triptych.models.torchvision_shim import prepare_torchvision\nprint(prepare_torchvision())\n"
     assert run(shim + plain, tmp_path) == "True"
 
 
@@ -63,7 +63,7 @@ def test_without_torchvision_nothing_is_declared() -> None:
     found = run(
         "import importlib.util, torch\n"
         "importlib.util.find_spec = lambda name: None\n"
-        "from triptych.tools.torchvision_shim import prepare_torchvision\n"
+        "from triptych.models.torchvision_shim import prepare_torchvision\n"
         "print(prepare_torchvision(), hasattr(torch.ops.torchvision, 'nms'))"
     )
     assert found == "False False"
