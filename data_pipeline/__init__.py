@@ -13,13 +13,21 @@ if TYPE_CHECKING:
     from triptych.data_pipeline.baseline import BaselineReport, Bigram, bigram_baseline, fit_bigram
     from triptych.data_pipeline.config import DataConfig, SourceConfig, TextCorpusOptions
     from triptych.data_pipeline.dataset import IGNORE, PackedDataset, Sample, SequentialDataset
+    from triptych.data_pipeline.images.coco import build_coco
     from triptych.data_pipeline.images.config import ImageDataConfig, ImageSourceConfig
     from triptych.data_pipeline.images.dataset import ImageDataset, ImageValidation
     from triptych.data_pipeline.images.digits import build_digits
     from triptych.data_pipeline.images.folder import build_image_folder
     from triptych.data_pipeline.images.latents import build_latents
+    from triptych.data_pipeline.images.masks import build_masks
     from triptych.data_pipeline.images.needs import ImageNeeds, TaskNeeds
-    from triptych.data_pipeline.images.options import DigitsOptions, ImageFolderOptions, LatentsOptions
+    from triptych.data_pipeline.images.options import (
+        CocoOptions,
+        DigitsOptions,
+        ImageFolderOptions,
+        LatentsOptions,
+        MaskOptions,
+    )
     from triptych.data_pipeline.images.streaming import StreamedImages
     from triptych.data_pipeline.indexed import IndexedTokens, IndexedWriter, best_dtype
     from triptych.data_pipeline.loader import BatchLoader, MicroBatch, open_training, open_validation
@@ -44,14 +52,18 @@ _HOME = {
     "ImageSourceConfig": "images.config",
     "ImageDataset": "images.dataset",
     "ImageValidation": "images.dataset",
+    "build_coco": "images.coco",
     "build_digits": "images.digits",
     "build_image_folder": "images.folder",
     "build_latents": "images.latents",
+    "build_masks": "images.masks",
     "ImageNeeds": "images.needs",
     "TaskNeeds": "images.needs",
+    "CocoOptions": "images.options",
     "DigitsOptions": "images.options",
     "ImageFolderOptions": "images.options",
     "LatentsOptions": "images.options",
+    "MaskOptions": "images.options",
     "StreamedImages": "images.streaming",
     "IndexedTokens": "indexed",
     "IndexedWriter": "indexed",
@@ -73,6 +85,7 @@ __all__ = [
     "BaselineReport",
     "BatchLoader",
     "Bigram",
+    "CocoOptions",
     "CorpusReport",
     "DataConfig",
     "DigitsOptions",
@@ -86,6 +99,7 @@ __all__ = [
     "IndexedWriter",
     "LatentsOptions",
     "Manifest",
+    "MaskOptions",
     "MicroBatch",
     "PackedDataset",
     "Sample",
@@ -97,9 +111,11 @@ __all__ = [
     "TextTokenizer",
     "best_dtype",
     "bigram_baseline",
+    "build_coco",
     "build_digits",
     "build_image_folder",
     "build_latents",
+    "build_masks",
     "build_text_corpus",
     "check_vocabulary",
     "fit_bigram",

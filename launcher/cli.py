@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from triptych.launcher import cli_bench, cli_data, cli_samples
+from triptych.launcher import cli_bench, cli_data, cli_experts, cli_samples
 from triptych.launcher.cli_common import (
     DryRun,
     Json,
@@ -43,6 +43,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_bench.app, name="bench")
+app.add_typer(cli_experts.app, name="experts")
 app.command()(cli_samples.sample)
 app.command()(cli_samples.evaluate)
 

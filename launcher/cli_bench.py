@@ -75,3 +75,28 @@ def bench_diffusion(
     show(report, as_json)
     if not quick and not report.ok:
         raise RunFailed("a target was missed")
+
+
+@app.command("moe")
+def bench_moe(
+    repeats: Annotated[int, typer.Option(help="Timed runs of each side.")] = 7,
+    threads: Annotated[int | None, typer.Option(help="Threads of each side; default: the cores.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny shapes: shows that it works, not how fast.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Mixture of experts beside a loop over experts and beside all experts, and product keys, in one run.
+
+    \b
+    triptych bench moe
+    triptych bench moe --quick --json
+
+    Exit code 1 if a target is missed (not with --quick).
+    """
+    from triptych.tools.bench_moe import bench_moe as run
+
+    report = run(repeats=repeats, threads=threads, quick=quick, progress=to_stderr)
+    show(report, as_json)
+    if not quick and not report.ok:
+        raise RunFailed("a target was missed")

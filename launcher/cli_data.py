@@ -11,6 +11,8 @@ from triptych.launcher.cli_common import Device, Json
 
 app = typer.Typer(help="Make corpora and shards.", no_args_is_help=True, rich_markup_mode=None)
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what was made with other options.")]
+PerShard = Annotated[int, typer.Option(help="Images of a shard.")]
+MaxBad = Annotated[int, typer.Option(help="Files that cannot be used that may be left out.")]
 
 
 @app.command()
@@ -106,9 +108,9 @@ def digits(
 def images(
     source: Annotated[Path, typer.Option(help="Directory with a subdirectory of images per class.")],
     out: Annotated[Path, typer.Option(help="Directory of the shards.")],
-    samples_per_shard: Annotated[int, typer.Option(help="Images of a shard.")] = 1000,
+    samples_per_shard: PerShard = 1000,
     valid_share: Annotated[float, typer.Option(help="Share held out where source has no valid/.")] = 0.05,
-    max_bad_samples: Annotated[int, typer.Option(help="Unreadable files that may be left out.")] = 100,
+    max_bad_samples: MaxBad = 100,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -122,6 +124,67 @@ def images(
     options = {"source": str(source), "out": str(out), "samples_per_shard": samples_per_shard}
     options |= {"valid_share": valid_share, "max_bad_samples": max_bad_samples, "overwrite": overwrite}
     corpora.images("images", options, as_json=as_json)
+
+
+@app.command()
+def coco(
+    images: Annotated[Path, typer.Option(help="Directory of the image files.")],
+    annotations: Annotated[Path, typer.Option(help="Their instances JSON, of COCO's format.")],
+    out: Annotated[Path, typer.Option(help="Directory of the shards.")],
+    valid_images: Annotated[Path | None, typer.Option(help="Directory of those for validation.")] = None,
+    valid_annotations: Annotated[Path | None, typer.Option(help="Their instances JSON.")] = None,
+    samples_per_shard: PerShard = 1000,
+    valid_share: Annotated[float, typer.Option(help="Or: share held out of the others.")] = 0.05,
+    max_bad_samples: MaxBad = 100,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Shards of images with boxes, from COCO's JSON.
+
+    \b
+    triptych data coco --images train2017 --annotations instances_train2017.json \\
+        --valid-images val2017 --valid-annotations instances_val2017.json --out data/coco
+    """
+    from triptych.launcher import corpora
+
+    options: dict[str, Any] = {"images": str(images), "annotations": str(annotations), "out": str(out)}
+    options |= {"valid_images": _path(valid_images), "valid_annotations": _path(valid_annotations)}
+    options |= {"samples_per_shard": samples_per_shard, "valid_share": valid_share}
+    options |= {"max_bad_samples": max_bad_samples, "overwrite": overwrite}
+    corpora.images("coco", options, as_json=as_json)
+
+
+@app.command()
+def masks(
+    images: Annotated[Path, typer.Option(help="Directory of the image files.")],
+    masks: Annotated[
+        Path, typer.Option(help="Directory of PNG files of the same names, a class id per pixel.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the shards.")],
+    valid_images: Annotated[Path | None, typer.Option(help="Directory of those for validation.")] = None,
+    valid_masks: Annotated[Path | None, typer.Option(help="Directory of their masks.")] = None,
+    samples_per_shard: PerShard = 1000,
+    valid_share: Annotated[float, typer.Option(help="Or: share held out of the others.")] = 0.05,
+    max_bad_samples: MaxBad = 100,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Shards of images with masks of classes, grey or palette; 255 is ignored in training.
+
+    \b
+    triptych data masks --images ade/images/training --masks ade/annotations/training --out data/ade
+    """
+    from triptych.launcher import corpora
+
+    options: dict[str, Any] = {"images": str(images), "masks": str(masks), "out": str(out)}
+    options |= {"valid_images": _path(valid_images), "valid_masks": _path(valid_masks)}
+    options |= {"samples_per_shard": samples_per_shard, "valid_share": valid_share}
+    options |= {"max_bad_samples": max_bad_samples, "overwrite": overwrite}
+    corpora.images("masks", options, as_json=as_json)
+
+
+def _path(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 @app.command()

@@ -29,19 +29,26 @@ def text_corpus(options: dict[str, Any], *, as_json: bool = False) -> None:
 
 
 def images(
-    kind: Literal["digits", "images", "latents"], options: dict[str, Any], *, as_json: bool = False
+    kind: Literal["digits", "images", "coco", "masks", "latents"],
+    options: dict[str, Any],
+    *,
+    as_json: bool = False,
 ) -> None:
     """Build or reuse shards of images or latents and show what they hold."""
-    from triptych.data_pipeline.images import digits, folder, latents
-    from triptych.data_pipeline.images.options import DigitsOptions, ImageFolderOptions, LatentsOptions
+    from triptych.data_pipeline.images import coco, digits, folder, latents, masks
+    from triptych.data_pipeline.images import options as schemas
 
     with _bars() as advance:
         if kind == "digits":
-            report = digits.build_digits(_checked(DigitsOptions, options), advance)
+            report = digits.build_digits(_checked(schemas.DigitsOptions, options), advance)
         elif kind == "images":
-            report = folder.build_image_folder(_checked(ImageFolderOptions, options), advance)
+            report = folder.build_image_folder(_checked(schemas.ImageFolderOptions, options), advance)
+        elif kind == "coco":
+            report = coco.build_coco(_checked(schemas.CocoOptions, options), advance)
+        elif kind == "masks":
+            report = masks.build_masks(_checked(schemas.MaskOptions, options), advance)
         else:
-            report = latents.build_latents(_checked(LatentsOptions, options), advance)
+            report = latents.build_latents(_checked(schemas.LatentsOptions, options), advance)
     _tell(report, as_json)
 
 

@@ -82,7 +82,7 @@ def add_up(
     -1 for nowhere."""
     B, T, E = p_BTE.shape
     rows_ZB = (torch.arange(num_tasks, device=tasks_B.device).unsqueeze(1) == tasks_B).double()
-    chosen_BS = chosen_NK.view(B, -1)
+    chosen_BS = chosen_NK.reshape(B, -1)
     load_BE = p_BTE.new_zeros(B, E, dtype=torch.float64)
     load_BE = load_BE.scatter_add(1, chosen_BS.clamp_min(0), (chosen_BS != NOWHERE).double())
     tokens_B = p_BTE.new_full((B,), T, dtype=torch.float64)
@@ -122,9 +122,9 @@ def mutual_information(joint: torch.Tensor) -> torch.Tensor:
     """I = sum_te P(t, e) log(P(t, e) / (P(t) P(e))) of a table (Z, E) >= 0 proportional to P, in nats
     (Mod-Squad, arXiv 2212.08066, equation 5)."""
     joint = joint / joint.sum().clamp_min(torch.finfo(joint.dtype).tiny)
-    tasks, experts = joint.sum(1, keepdim=True), joint.sum(0, keepdim=True)
-    # Where the joint is 0 so is its term; a ratio of 1 there keeps logarithms and gradients finite.
-    ratio = torch.where(joint > 0, joint / (tasks * experts), 1)
+    apart = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
+    # Where the joint is 0 so is its term: ones there keep quotients, logarithms and their gradients finite.
+    ratio = torch.where(joint > 0, joint, 1) / torch.where(joint > 0, apart, 1)
     return (joint * ratio.log()).sum()
 
 

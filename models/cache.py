@@ -17,7 +17,8 @@ class Cache:
 
     length: tokens seen. layers: index of the block -> tensors of its mixer, by name: attention's k and v
     (B, S, G, D), of the window only where there is one; Mamba-1's conv_x and state (B, C, N); Mamba-2's
-    conv_x, conv_b, conv_c (B, C, K - 1) and state (B, H, P, N).
+    conv_x, conv_b, conv_c (B, C, K - 1) and state (B, H, P, N); mLSTM's conv_x, memory (B, H, D, D + 1) and
+    memory_log (B, H).
     """
 
     length: int = 0

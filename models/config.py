@@ -55,12 +55,12 @@ class ModelConfig(Section):
     """Blocks; the pattern is repeated over them and may end in its middle."""
     pattern: str | list[str] = Field(default=["attention"], min_length=1)
     """What stands in the blocks. A list of items "mixer" or "mixer+ffn" (mixers: attention, cross_attention,
-    mamba1, mamba2, wkv, dimsum, none; feed-forwards: swiglu, gelu, channel_mix, none; without "+", ffn.kind),
-    such as [mamba2, mamba2, attention+gelu].
-    Or a string, one character per block: M mamba2, m mamba1, * attention, x cross_attention, W wkv, D dimsum,
-    - a block of ffn.kind alone; "MMM*" means [mamba2, mamba2, mamba2, attention]. In a string with a "-"
-    every feed-forward is written out, so M and * carry none: "M-*-" means [mamba2+none, none+swiglu,
-    attention+none, none+swiglu]."""
+    attention_moe, mamba1, mamba2, wkv, dimsum, ss2d, mlstm, pool, none; feed-forwards: swiglu, gelu,
+    channel_mix, moe, product_keys, none; without "+", ffn.kind), such as [mamba2, mamba2, attention+gelu].
+    Or a string, one character per block: M mamba2, m mamba1, * attention, x cross_attention, e attention_moe,
+    W wkv, D dimsum, S ss2d, l mlstm, p pool, - a block of ffn.kind alone; "MMM*" means [mamba2, mamba2,
+    mamba2, attention]. In a string with a "-" every feed-forward is written out, so M and * carry none:
+    "M-*-" means [mamba2+none, none+swiglu, attention+none, none+swiglu]."""
     attention: AttentionConfig = AttentionConfig()
     """Of the blocks with attention or cross-attention."""
     mamba1: Mamba1Config = Mamba1Config()

@@ -51,13 +51,16 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> dict[str, Any]:
     norms, activations and embeddings do not count. Forward and backward together are three times as much.
     """
     model = build_on_meta(config)
-    per_kind = {block.kind: block.flops(seq_len) / seq_len for block in model.blocks.values()}
+    flops = {
+        block.layer: block.flops(config.length_at(block.layer, seq_len)) for block in model.blocks.values()
+    }
+    per_kind = {block.kind: flops[block.layer] / seq_len for block in model.blocks.values()}
     parts = {
         name: model.uses(name) * part.flops(seq_len) / seq_len
         for name, part in _parts(model).items()
         if hasattr(part, "flops")
     }
-    total = sum(block.flops(seq_len) for block in model.blocks.values()) / seq_len + sum(parts.values())
+    total = sum(flops.values()) / seq_len + sum(parts.values())
     return {"total": total, "parts": parts, "per_kind": per_kind}
 
 

@@ -11,8 +11,10 @@ from triptych.models.config import LanguageConfig, ModelConfig
 from triptych.models.diffusion import DiffusionModel
 from triptych.models.diffusion_config import DiffusionConfig
 from triptych.models.lm import LanguageModel
+from triptych.models.vision import VisionModel
+from triptych.models.vision_config import VisionConfig
 
-Model = LanguageModel | DiffusionModel
+Model = LanguageModel | DiffusionModel | VisionModel
 
 
 def _family(values: Any) -> str:
@@ -22,19 +24,23 @@ def _family(values: Any) -> str:
 
 # Parentheses tell a tag from a key in the locations of pydantic's errors.
 AnyModelConfig = Annotated[
-    Annotated[LanguageConfig, Tag("(lm)")] | Annotated[DiffusionConfig, Tag("(diffusion)")],
+    Annotated[LanguageConfig, Tag("(lm)")]
+    | Annotated[DiffusionConfig, Tag("(diffusion)")]
+    | Annotated[VisionConfig, Tag("(vision)")],
     Discriminator(_family),
 ]
 """Section `model:`; `family` says which, lm where it is not given."""
 
 
-def read_config(values: Mapping[str, Any]) -> LanguageConfig | DiffusionConfig:
+def read_config(values: Mapping[str, Any]) -> LanguageConfig | DiffusionConfig | VisionConfig:
     """A model's configuration from plain values. Raises pydantic's ValidationError."""
     return TypeAdapter(AnyModelConfig).validate_python(values)
 
 
 def model_class(config: ModelConfig) -> type[Model]:
     """The class that the configuration builds."""
+    if isinstance(config, VisionConfig):
+        return VisionModel
     return DiffusionModel if isinstance(config, DiffusionConfig) else LanguageModel
 
 

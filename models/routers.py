@@ -162,7 +162,9 @@ class Router(nn.Module):
         seen_B11 = self._seen(tasks_B).view(-1, 1, 1)
         scores_BTE = torch.zeros_like(logits_BTE)
         for count in sorted(set(self.visible)):
-            padded_BTE = F.pad(score(logits_BTE[..., :count]), (0, self.num_experts - count))
+            # Contiguous, as strides too have a say in the bits.
+            seen_BTe = score(logits_BTE[..., :count].contiguous())
+            padded_BTE = F.pad(seen_BTe, (0, self.num_experts - count))
             scores_BTE = torch.where(seen_B11 == count, padded_BTE, scores_BTE)
         return scores_BTE
 
@@ -229,7 +231,7 @@ class Router(nn.Module):
         taken_NE = self._own(taken, B * T) if self.training else taken
         most = max(1, int(taken_NE.sum(-1).max())) if has_values(taken_NE) else E
         experts_NE = torch.where(taken_NE, torch.arange(E, device=taken.device), NOWHERE)
-        return experts_NE.sort(dim=-1, descending=True).values[:, :most]
+        return experts_NE.sort(dim=-1, descending=True).values[:, :most].contiguous()
 
     def _own(self, of_all: torch.Tensor, size: int) -> torch.Tensor:
         return of_all[self.batch.rank * size : (self.batch.rank + 1) * size]

@@ -47,11 +47,6 @@ class ConvStem(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         size = config.hidden_size
-        if len(config.input_size) != 2:
-            raise ValueError(
-                f"model.stem=conv convolves images, and model.input_size={list(config.input_size)} has "
-                f"{len(config.input_size)} dimension(s); use stem: patch"
-            )
         if size % 2:
             raise ValueError(
                 f"model.stem=conv halves model.hidden_size={size}, which is odd; use an even one"

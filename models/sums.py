@@ -67,8 +67,8 @@ class SpanningLayerNorm(nn.Module):
 class _SpanningLayerNorm(torch.autograd.Function):
     """Saves the input, and mean and 1/std of each token.
 
-    With n = (x - mean) r and y = n w + b over M channels: dx = r (g - sum(g)/M - n sum(g n)/M), g = dy w, where
-    the sums run over all shards. The variance is summed around the mean, so that nothing cancels.
+    With n = (x - mean) r, y = n w + b and g = dy w over M channels: dx = r (g - sum(g)/M - n sum(g n)/M),
+    where the sums run over all shards. The variance is summed around the mean, so that nothing cancels.
     """
 
     @staticmethod

@@ -25,8 +25,8 @@ FINEST = 4
 
 
 class TimmShape(NamedTuple):
-    """Channels and grid of each stage that heads read, first to last; without dense tasks the last one's alone,
-    and no grid."""
+    """Channels and grid of each stage that heads read, first to last; without dense tasks the channels of the
+    last one alone."""
 
     channels: tuple[int, ...]
     grids: tuple[tuple[int, ...], ...]
@@ -116,16 +116,16 @@ def _shape(name: str, in_channels: int, input_size: tuple[int, ...], dense: bool
     image = torch.zeros(1, in_channels, *input_size, device="meta")
     with torch.no_grad():
         if not dense:
-            return TimmShape((model.forward_head(model.forward_features(image), pre_logits=True).shape[1],), ())
+            return TimmShape(
+                (model.forward_head(model.forward_features(image), pre_logits=True).shape[1],), ()
+            )
         if not hasattr(model, "forward_intermediates"):
             raise ValueError(f"model.timm={name} gives no maps for dense tasks; {_DENSE}")
         features, maps = model.forward_intermediates(
             image, indices=list(_stage_places(model)), norm=True, output_fmt="NCHW"
         )
         pooled = model.forward_head(features, pre_logits=True).shape[1]
-    shape = TimmShape(
-        tuple(map_.shape[1] for map_ in maps), tuple(tuple(map_.shape[2:]) for map_ in maps)
-    )
+    shape = TimmShape(tuple(map_.shape[1] for map_ in maps), tuple(tuple(map_.shape[2:]) for map_ in maps))
     last = shape.grids[-1]
     doubled = [tuple(size << before for size in last) for before in range(len(maps) - 1, -1, -1)]
     if list(shape.grids) != doubled or any(size % cells for size, cells in zip(input_size, doubled[0])):
@@ -135,8 +135,8 @@ def _shape(name: str, in_channels: int, input_size: tuple[int, ...], dense: bool
         )
     if pooled != shape.channels[-1]:
         raise ValueError(
-            f"model.timm={name} classifies from {pooled} channels, and its last map has {shape.channels[-1]}: "
-            f"dense tasks and others cannot share it; {_DENSE}"
+            f"model.timm={name} classifies from {pooled} channels, and its last map has "
+            f"{shape.channels[-1]}: dense tasks and others cannot share it; {_DENSE}"
         )
     return shape
 
@@ -152,7 +152,8 @@ def _create(name: str, in_channels: int, input_size: tuple[int, ...]) -> tuple[A
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
         raise ValueError(
-            f"model.timm={name} is not a model of timm {timm.__version__}" + (f"; it has {near}" if near else "")
+            f"model.timm={name} is not a model of timm {timm.__version__}"
+            + (f"; it has {near}" if near else "")
         )
     options: dict[str, Any] = {"pretrained": False, "num_classes": 0, "in_chans": in_channels}
     # Convolutional backbones take any size and do not know the argument.
@@ -170,7 +171,7 @@ def _create(name: str, in_channels: int, input_size: tuple[int, ...]) -> tuple[A
 
 
 def import_timm() -> Any:
-    """The package, beside a torchvision with or without its compiled part. Raises ValueError if it is missing."""
+    """The package, beside a torchvision with or without its compiled part. Raises ValueError without it."""
     prepare_torchvision()
     try:
         import timm
@@ -183,13 +184,13 @@ def import_timm() -> Any:
 
 
 def _refuse_running_statistics(name: str, model: nn.Module) -> None:
-    """Statistics of a batch depend on how it is cut, and those of batches past are no function of the seed."""
+    """A batch's statistics depend on how it is cut, and those of batches past are in no checkpoint."""
     for place, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) or "running_var" in module._buffers:
             raise ValueError(
-                f"model.timm={name} normalises over the batch ({place}: {type(module).__name__}), so its results "
-                "would depend on the layout; use a backbone without batch norm, such as resnet50_gn, a vit, "
-                "swin, convnext or poolformer"
+                f"model.timm={name} normalises over the batch ({place}: {type(module).__name__}), so its "
+                "results would depend on the layout; use a backbone without batch norm, such as resnet50_gn, "
+                "a vit, swin, convnext or poolformer"
             )
 
 

@@ -57,9 +57,9 @@ class Pieces:
 
 
 def recorded(build: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, Init]]:
-    """What `build` builds on the CPU, and the distribution of each parameter, from the arguments of its draws.
+    """What `build` builds on the CPU, and each parameter's distribution, from the arguments of its draws.
 
-    What would be drawn at random is 0; all else, buffers too, has its values. No random generator moves.
+    What would be drawn into a parameter is 0; buffers have their values. No random generator moves.
     Bounds of torch's own trunc_normal_ are not seen, only its standard deviation. Raises ValueError for a
     parameter whose values come about in a way that is not followed.
     """
@@ -75,7 +75,14 @@ _UNSET = "nothing sets it"
 _UNKNOWN = "it is drawn in a way that is not followed"
 _DRAWS = {aten.normal_, aten.uniform_}
 _NEW_DRAWS = {aten.randn, aten.rand, aten.randn_like, aten.rand_like}
-_OTHER_DRAWS = {aten.random_, aten.bernoulli_, aten.exponential_, aten.cauchy_, aten.geometric_, aten.log_normal_}
+_OTHER_DRAWS = {
+    aten.random_,
+    aten.bernoulli_,
+    aten.exponential_,
+    aten.cauchy_,
+    aten.geometric_,
+    aten.log_normal_,
+}
 _OTHER_NEW_DRAWS = {aten.randint, aten.randperm, aten.bernoulli, aten.multinomial, aten.normal}
 _SAME = {aten.clone, aten._to_copy, aten.detach, aten.alias, aten.lift_fresh}
 _FILLS = {aten.zero_, aten.fill_}

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from triptych.models.config import LayerSpec, ModelConfig, beneath, require_divides
 from triptych.models.scan_order import line_ends, scan_order
-from triptych.models.sections import FFNConfig, ScanConfig, Section
+from triptych.models.sections import AttentionConfig, FFNConfig, ScanConfig, Section
 
 SCANNING = ("mamba1", "mamba2", "wkv", "ss2d", "mlstm", "pool")
 """Mixers that ask where a token stands: they have no place for a class token or registers."""
@@ -138,6 +138,11 @@ class VisionConfig(ModelConfig):
             return self._check_timm()
         for axis, (size, patch) in enumerate(zip(self.input_size, self.patch_sizes)):
             require_divides("model.patch_size", patch, f"model.input_size[{axis}]", size)
+        if self.stem == "conv" and len(self.input_size) != 2:
+            raise ValueError(
+                f"model.stem=conv convolves images, and model.input_size={list(self.input_size)} has "
+                f"{len(self.input_size)} dimension(s); use stem: patch"
+            )
         if self.stem == "conv" and (self.patch_sizes != (4, 4) or self.position == "learned"):
             raise ValueError(
                 f"model.stem=conv takes images in steps of 4 pixels and adds no positions, and patch_size="
@@ -336,7 +341,7 @@ def _without_filled(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]
     if (
         not attention
         or "num_heads" not in mine
-        or attention.get("num_kv_heads") != attention.get("num_heads")
+        or attention.get("num_kv_heads") != attention.get("num_heads", AttentionConfig().num_heads)
     ):
         return base
     kept = {key: value for key, value in attention.items() if key != "num_kv_heads"}

@@ -106,17 +106,18 @@ def check_freeze(config: ModelConfig, patterns: Sequence[str]) -> None:
     where nothing is left to train."""
     if not patterns:
         return
-    shapes = _shapes(config)
+    model = build_on_meta(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for text in patterns:
         _check_one(text, shapes)
-    if not _trained_elements(shapes, patterns):
+    if not _trained_elements(model, patterns):
         raise ValueError(f"train.freeze={list(patterns)} leaves nothing to train; remove a pattern")
 
 
 def count_trainable(config: ModelConfig, patterns: Sequence[str]) -> tuple[int, int]:
     """Elements of the whole model's parameters that are trained, and all of them."""
-    shapes = _shapes(config)
-    return _trained_elements(shapes, patterns), sum(shape.numel() for shape in shapes.values())
+    model = build_on_meta(config)
+    return _trained_elements(model, patterns), sum(parameter.numel() for parameter in model.parameters())
 
 
 def _check_one(text: str, shapes: Mapping[str, torch.Size]) -> None:
@@ -137,15 +138,12 @@ def _check_one(text: str, shapes: Mapping[str, torch.Size]) -> None:
             )
 
 
-def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in build_on_meta(config).named_parameters()}
-
-
-def _trained_elements(shapes: Mapping[str, torch.Size], patterns: Sequence[str]) -> int:
+def _trained_elements(model: nn.Module, patterns: Sequence[str]) -> int:
     total = 0
-    for name, shape in shapes.items():
-        if is_frozen(name, patterns):
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or is_frozen(name, patterns):
             continue
+        shape = parameter.shape
         trained = trained_rows(name, Window((0,) * len(shape), tuple(shape), tuple(shape)), patterns)
         if trained is None:
             total += shape.numel()

@@ -33,7 +33,7 @@ def cut_stages(config: ModelConfig, num_stages: int, seq_len: int) -> list[range
     model = build_on_meta(config)
     assert model.exit is not None, "a whole model has its end"
     costs = [float(block.flops(config.length_at(block.layer, seq_len))) for block in model.blocks.values()]
-    costs[-1] += float(model.exit.flops(config.length_at(config.num_layers - 1, seq_len)))
+    costs[-1] += float(model.exit.flops(seq_len))
     bounds = [0, *partition(costs, num_stages), len(costs)]
     return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
 

@@ -1,10 +1,7 @@
 """One side of a comparison of `triptych bench diffusion`, in its own process.
 
-`python -m triptych.tools.bench_diffusion_sides '{"side": "ours", ...}'` builds, warms up and prints a line;
-then each line that it reads makes one timed step, whose seconds it prints, so that sides can take turns. When
-its input ends it compares what it computes with `bench_dit.DiT` of the same weights, and prints one line of
-JSON:
-{"peak_bytes": ..., "difference": ..., "versions": {...}}.
+`python -m triptych.tools.bench_diffusion_sides '{"side": "ours", ...}'` takes turns as `bench_sides.serve`
+has it; what it computes is compared with `bench_dit.DiT` of the same weights.
 
 Shape legend: B batch, T tokens, K tokens kept.
 """
@@ -13,8 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +20,11 @@ from triptych.kernels import hash_normal, string_key
 from triptych.models import DiffusionConfig, build, initialize
 from triptych.parallel.recompute import apply_recompute
 from triptych.tools.bench_dit import DiT, as_published, timm_layers
-from triptych.tools.bench_sides import peak_bytes, settled_bytes
+from triptych.tools.bench_sides import say, serve
 from triptych.training.config import OptimizerConfig
 from triptych.training.objectives.draws import kept_tokens
 from triptych.training.optimizer import AdamW
 
-WARM_UP = 2
 LEARNING_RATE = 1e-4
 STD = 0.02
 """Of what starts at zero: modulations and head, without which most gradients would be zero."""
@@ -125,6 +119,10 @@ class Program:
         self.optimizer.step(LEARNING_RATE)
         self.model.zero_grad(set_to_none=True)
 
+    def versions(self) -> dict[str, str]:
+        """Of what both sides stand on."""
+        return {"torch": str(torch.__version__), "timm": timm_layers()[2]}
+
     def difference(self) -> float:
         """Largest difference between ours and the reference with our present weights, over the prediction and
         all gradients, relative to each tensor's largest element; 0 for the reference."""
@@ -157,33 +155,5 @@ def _grad(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-def main(request: dict[str, Any], turns: Iterable[str], say: Callable[[Any], None]) -> None:
-    """Serve one side: a timed step for each of `turns`.
-
-    peak_bytes: weights, gradients, optimizer states and all that a step takes, above a process that has run
-    such a program before.
-    """
-    torch.set_num_threads(request["threads"])
-    # What is imported and compiled on first use is paid for on shapes that cost nothing.
-    Program(request["side"], request["warm_up_shape"]).once()
-    before = settled_bytes()
-    program = Program(request["side"], request["shape"])
-    settled_bytes()
-    for _ in range(WARM_UP):
-        program.once()
-    say("ready")
-    for _ in turns:
-        start = time.perf_counter()
-        program.once()
-        say(time.perf_counter() - start)
-    peak = peak_bytes() - before
-    versions = {"torch": str(torch.__version__), "timm": timm_layers()[2]}
-    say({"peak_bytes": peak, "difference": program.difference(), "versions": versions})
-
-
-def _say(value: Any) -> None:
-    print(json.dumps(value), flush=True)
-
-
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), sys.stdin, _say)
+    serve(Program, json.loads(sys.argv[1]), sys.stdin, say)

@@ -15,9 +15,9 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -275,6 +275,48 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     peak = peak_bytes() - before
     save_file({name: value.contiguous() for name, value in program.check().items()}, request["result"])
     return {"seconds": seconds, "peak_bytes": peak, "versions": versions(request["side"])}
+
+
+class TurnsProgram(Protocol):
+    """What `serve` runs: `once` is timed; `difference` is to what the oracle computes, relative."""
+
+    def once(self) -> None: ...
+    def difference(self) -> float: ...
+    def versions(self) -> dict[str, str]: ...
+
+
+def serve(
+    make: Callable[[str, dict[str, Any]], TurnsProgram],
+    request: dict[str, Any],
+    turns: Iterable[str],
+    answer: Callable[[Any], None],
+) -> None:
+    """Build make(side, shape), warm up and answer; then make a step for each of `turns` and answer its
+    seconds, so that sides can take turns; at last answer {"peak_bytes", "difference", "versions"}.
+
+    peak_bytes: weights, gradients, optimizer states and all that a step takes, above a process that has run
+    such a program before.
+    """
+    torch.set_num_threads(request["threads"])
+    # What is imported and compiled on first use is paid for on shapes that cost nothing.
+    make(request["side"], request["warm_up_shape"]).once()
+    before = settled_bytes()
+    program = make(request["side"], request["shape"])
+    settled_bytes()
+    for _ in range(WARM_UP):
+        program.once()
+    answer("ready")
+    for _ in turns:
+        start = time.perf_counter()
+        program.once()
+        answer(time.perf_counter() - start)
+    peak = peak_bytes() - before
+    answer({"peak_bytes": peak, "difference": program.difference(), "versions": program.versions()})
+
+
+def say(value: Any) -> None:
+    """An answer as a line of JSON."""
+    print(json.dumps(value), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from triptych.models import DiffusionConfig
+from triptych.models import DiffusionConfig, VisionConfig
 from triptych.models.registry import MIXERS
 from triptych.parallel.config import ParallelConfig
 from triptych.parallel.freezing import check_freeze
@@ -16,6 +16,8 @@ from triptych.training.sections import RunSections, lengths, tokens_per_sample
 def check(run: RunSections) -> None:
     """Raise ValueError for sections that do not go together; reads the headers of the data."""
     check_sections(run)
+    if run.train.tasks and not isinstance(run.model, VisionConfig):
+        raise ValueError(f"train.tasks is for vision, and model.family={run.model.family}; remove it")
     if not isinstance(run.model, DiffusionConfig):
         for key, value in (("train.tread", run.train.tread), ("log.images", run.log.images)):
             if value is not None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from triptych.training.ema import EMAConfig
 from triptych.training.finetune import FinetuneConfig
 from triptych.training.image_grids import ImageGridConfig
-from triptych.training.objectives.config import ObjectiveConfig, TreadConfig
+from triptych.training.objectives.config import ObjectiveConfig, TreadConfig, VisionTaskConfig
 
 Precision = Literal["fp32", "bf16", "fp64"]
 
@@ -88,6 +88,8 @@ class TrainConfig(BaseModel):
     verification)."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """What a denoiser is trained for; language models have next-token prediction."""
+    tasks: dict[str, VisionTaskConfig] = {}
+    """How the tasks of a vision model are trained, by their names."""
     tread: TreadConfig | None = None
     """Part of a denoiser's tokens goes around some blocks in training; null: none does."""
     finetune: FinetuneConfig | None = None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from triptych.parallel.freezing import is_frozen, trained_rows
+from triptych.parallel.freezing import trained_rows
 from triptych.parallel.shards import local_part, window
 from triptych.training.config import OptimizerConfig
 from triptych.training.shards import Shard, Window
@@ -91,8 +91,8 @@ class AdamW:
         num_blocks: int = 0,
         frozen: Sequence[str] = (),
     ) -> None:
-        """parameters: this rank's, under their names in the whole model. num_blocks: of the whole model, for
-        layer_decay. frozen: `train.freeze`; what it names has no moments, and frozen rows stay as they
+        """parameters: this rank's, under their names in the whole model; what asks for no gradient is left
+        out. num_blocks: of the whole model, for layer_decay. frozen: `train.freeze`, whose rows stay as they
         are."""
         assert num_blocks or config.layer_decay == 1.0, "layer_decay counts the blocks of the whole model"
         self.config = config
@@ -100,7 +100,7 @@ class AdamW:
         self.frozen = tuple(frozen)
         self.updates = 0
         self._slots = [
-            self._slot(name, parameter) for name, parameter in parameters if not is_frozen(name, self.frozen)
+            self._slot(name, parameter) for name, parameter in parameters if parameter.requires_grad
         ]
 
     def _slot(self, name: str, parameter: Tensor) -> _Slot:

@@ -1,8 +1,8 @@
-"""What the commands `triptych data images`, `coco` and `masks` share: files of images, each with what is known of
-it, into shards.
+"""What the commands `triptych data images`, `coco` and `masks` share: files of images, each with what is
+known of it, into shards.
 
-Files are copied as they are, not encoded again. The order within the shards is shuffled once, by a key, so that
-every shard has a mixture. What cannot be used is left out, counted and named.
+Files are copied as they are, not encoded again. The order within the shards is shuffled once, by a key, so
+that every shard has a mixture. What cannot be used is left out, counted and named.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Item:
     split: str | None
     """None: by the hash of its content."""
     members: Callable[[tuple[int, int]], Mapping[str, bytes]]
-    """From the image's (height, width) to the sample's other members. Raises ValueError where there are none."""
+    """From the image's (height, width) to the sample's other members. Raises ValueError where there are
+    none."""
 
 
 def write_items(

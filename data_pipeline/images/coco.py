@@ -98,8 +98,8 @@ class _Annotations:
             )
         if unknown := set(boxes) - ids:
             raise ValueError(
-                f"annotations={path} has boxes of image {sorted(map(str, unknown))[0]}, which its images do not "
-                "list; mend it"
+                f"annotations={path} has boxes of image {sorted(map(str, unknown))[0]}, which its images do "
+                "not list; mend it"
             )
         return cls(path, images, boxes, dict(sorted(categories.items())))
 
@@ -120,7 +120,7 @@ class _Annotations:
         def members(size: tuple[int, int]) -> Mapping[str, bytes]:
             told = (image.get("height", size[0]), image.get("width", size[1]))
             if told != size:
-                raise ValueError(f"has height and width {list(size)}, and {list(told)} by {self.path.name}")
+                raise ValueError(f"has height and width {list(size)}, and by {self.path.name} {list(told)}")
             labels = {category: label for label, category in enumerate(self.categories)}
             kept = []
             for each in self.boxes.get(image["id"], []):

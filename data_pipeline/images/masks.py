@@ -28,7 +28,8 @@ def build_masks(options: MaskOptions, progress: Progress | None = None) -> Image
     pairs = [(split, images, masks, _find(images, masks)) for split, images, masks in parts]
     digest = digest_of(
         [
-            digest_of_files(images, files) + digest_of_files(masks, [_mask_of(images, masks, f) for f in files])
+            digest_of_files(images, files)
+            + digest_of_files(masks, [_mask_of(images, masks, f) for f in files])
             for _, images, masks, files in pairs
         ]
     )

@@ -1,4 +1,4 @@
-"""Options of `triptych data digits`, `triptych data images` and `triptych data latents`."""
+"""Options of `triptych data digits`, `images`, `coco`, `masks` and `latents`."""
 
 from __future__ import annotations
 
@@ -48,22 +48,65 @@ class DigitsOptions(Section):
         return self
 
 
-class ImageFolderOptions(Section):
-    """What `triptych data images` is asked to build: shards of a folder of images, one subfolder per
-    class."""
+class ShardOptions(Section):
+    """What the commands that read image files have in common."""
 
-    source: str = Field(min_length=1)
-    """Directory of one subdirectory per class; or of train/ and valid/ (or val/), each with those."""
     out: str = Field(min_length=1)
     """Directory of the shards: train/, valid/, manifest.json."""
     samples_per_shard: int = Field(default=1000, ge=1)
     """Images of a shard; the last one has fewer."""
     valid_share: float = Field(default=0.05, ge=0.0, lt=1.0)
-    """Share held out by a hash of the content, where the source has no valid/ itself; 0: none."""
+    """Share held out by a hash of the content, where no images for validation are given; 0: none."""
     max_bad_samples: int = Field(default=100, ge=0)
-    """Files that may be left out because they cannot be read as an image; one more stops the building."""
+    """Files that may be left out because they cannot be used; one more stops the building."""
     overwrite: bool = False
     """Replace shards in `out` that were made with other options."""
+
+
+class ImageFolderOptions(ShardOptions):
+    """What `triptych data images` is asked to build: shards of a folder of images, one subfolder per
+    class."""
+
+    source: str = Field(min_length=1)
+    """Directory of one subdirectory per class; or of train/ and valid/ (or val/), each with those."""
+
+
+class CocoOptions(ShardOptions):
+    """What `triptych data coco` is asked to build: shards of images with boxes."""
+
+    images: str = Field(min_length=1)
+    """Directory of the image files."""
+    annotations: str = Field(min_length=1)
+    """JSON file of COCO's format, such as instances_train2017.json."""
+    valid_images: str | None = Field(default=None, min_length=1)
+    """Directory of the image files for validation; unset: valid_share of the others."""
+    valid_annotations: str | None = Field(default=None, min_length=1)
+    """Their JSON file, with the same categories."""
+
+    @model_validator(mode="after")
+    def _both(self) -> CocoOptions:
+        if (self.valid_images is None) != (self.valid_annotations is None):
+            raise ValueError("valid_images and valid_annotations go together; give both or neither")
+        return self
+
+
+class MaskOptions(ShardOptions):
+    """What `triptych data masks` is asked to build: shards of images with masks of classes."""
+
+    images: str = Field(min_length=1)
+    """Directory of the image files."""
+    masks: str = Field(min_length=1)
+    """Directory of the masks: for each image a PNG file of the same name, in the same subdirectory."""
+    valid_images: str | None = Field(default=None, min_length=1)
+    """Directory of the image files for validation; unset: valid_share of the others."""
+    valid_masks: str | None = Field(default=None, min_length=1)
+    """Directory of their masks."""
+
+    @model_validator(mode="after")
+    def _both(self) -> MaskOptions:
+        if (self.valid_images is None) != (self.valid_masks is None):
+            raise ValueError("valid_images and valid_masks go together; give both or neither")
+        return self
 
 
 class LatentsOptions(Section):

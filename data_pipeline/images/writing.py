@@ -1,4 +1,4 @@
-"""What the three commands share: shards written by WebDataset, a manifest, and reuse of what is there."""
+"""What the commands share: shards written by WebDataset, a manifest, and reuse of what is there."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from triptych.data_pipeline.images.index import load_index
-from triptych.data_pipeline.images.options import DigitsOptions, ImageFolderOptions, LatentsOptions
+from triptych.data_pipeline.images.options import DigitsOptions, LatentsOptions, ShardOptions
 from triptych.data_pipeline.manifest import NAME, file_digest
 from triptych.data_pipeline.workspace import only_builder, replacement
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
-Options = DigitsOptions | ImageFolderOptions | LatentsOptions
+Options = DigitsOptions | ShardOptions | LatentsOptions
 
 _VERSION = 1
 _NAMED_BAD = 1000
@@ -30,7 +30,7 @@ class ImageManifest:
     """manifest.json of a directory of splits: what it was made from, and how to tell that it is whole."""
 
     command: str
-    """digits, images or latents."""
+    """digits, images, coco, masks or latents."""
     options: dict[str, Any]
     """The options that shape the result."""
     inputs_digest: str
@@ -39,6 +39,8 @@ class ImageManifest:
     bad_count: int = 0
     bad: list[str] = field(default_factory=list)
     """Inputs left out with the reason, the first 1000."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """What was left out of inputs that were used, and how often."""
     notes: list[str] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Per file, but for indexes: bytes, sha256."""
@@ -92,6 +94,7 @@ class ImageReport:
             lines += [f"    {bad}" for bad in made.bad[:5]]
             if made.bad_count > 5:
                 lines.append(f"    ... the rest is named in {NAME}")
+        lines += [f"  left out: {count} {what}" for what, count in made.dropped.items()]
         return "\n".join(lines + [f"  note: {note}" for note in made.notes])
 
 

@@ -87,33 +87,39 @@ class Neck(nn.Module):
         return x.transpose(2, 3).flatten(1, 2).flatten(2, 3)
 
 
+class MapConv(nn.Module):
+    """A 3 x 3 convolution over a map, channels last. weight: (D, D, 3, 3), bias: (D,)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight, self.bias = unset(size, size, 3, 3), unset(size)
+
+    def init(self) -> dict[str, Init]:
+        fan = self.weight[0].numel()
+        return {"weight": Xavier(fan, fan), "bias": ZEROS}
+
+    def forward(self, x_BhwD: torch.Tensor) -> torch.Tensor:
+        # Channels stay the fastest dim in memory; only the strides say otherwise.
+        x = x_BhwD.to(self.weight.dtype).permute(0, 3, 1, 2)
+        return F.conv2d(x, self.weight, self.bias, padding=1).permute(0, 2, 3, 1)
+
+
 class Tower(nn.Module):
     """Norm and GELU, then 3 x 3 convolutions, each with norm and GELU behind it: (B, h, w, D) likewise."""
 
     def __init__(self, config: VisionConfig, size: int, layers: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList(build_norm(config, size) for _ in range(layers + 1))
-        self.weights = nn.ParameterList(unset(size, size, 3, 3) for _ in range(layers))
-        self.biases = nn.ParameterList(unset(size) for _ in range(layers))
-
-    def init(self) -> dict[str, Init]:
-        table: dict[str, Init] = {}
-        for number, weight in enumerate(self.weights):
-            fan = weight[0].numel()
-            table[f"weights.{number}"] = Xavier(fan, fan)
-            table[f"biases.{number}"] = ZEROS
-        return table
+        self.convs = nn.ModuleList(MapConv(size) for _ in range(layers))
 
     def flops(self, cells: int) -> int:
         """Forward FLOPs of one map."""
-        return 2 * cells * sum(weight.numel() for weight in self.weights)
+        return 2 * cells * sum(conv.weight.numel() for conv in self.convs)
 
     def forward(self, x_BhwD: torch.Tensor) -> torch.Tensor:
         x = kernels.gelu(self.norms[0](x_BhwD))
-        for norm, weight, bias in zip(list(self.norms)[1:], self.weights, self.biases, strict=True):
-            # Channels stay the fastest dim in memory; only the strides say otherwise.
-            y = F.conv2d(x.to(weight.dtype).permute(0, 3, 1, 2), weight, bias, padding=1)
-            x = kernels.gelu(norm(y.permute(0, 2, 3, 1)))
+        for norm, conv in zip(list(self.norms)[1:], self.convs, strict=True):
+            x = kernels.gelu(norm(conv(x)))
         return x
 
 

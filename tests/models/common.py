@@ -96,9 +96,9 @@ def on_ranks(count: int, work: Callable[[int, ThreadShards.Group], Any]) -> list
 def window_of(cut: Cut | None, shape: torch.Size, tp: int, rank: int) -> tuple[slice, ...]:
     """The rows and columns of a whole parameter that rank uses, as the words of models/sharding.py say."""
     whole = [slice(0, n) for n in shape]
-    if cut is None or cut.kind in ("replicate", "row_bias"):
+    if cut is None or cut.kind in ("replicate", "row_bias", "experts", "expert_row_bias"):
         return tuple(whole)
-    dim = 1 if cut.kind == "row" else 0
+    dim = {"row": 1, "expert_column": 1, "expert_row": 2}.get(cut.kind, 0)
     parts, part = tp, rank
     if cut.count is not None and tp > cut.count:
         assert tp % cut.count == 0

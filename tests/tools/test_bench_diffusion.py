@@ -11,10 +11,12 @@ import torch.nn.functional as F
 
 from triptych import kernels
 from triptych.tools import bench_diffusion as bench
+from triptych.tools import bench_rounds
 from triptych.tools.bench import Case, Comparison, Side
-from triptych.tools.bench_diffusion import DiffusionBenchReport, Runner, bench_diffusion, rounds, run_round
+from triptych.tools.bench_diffusion import SIDES, bench_diffusion, rounds
 from triptych.tools.bench_diffusion_sides import Program, model_config, our_model
 from triptych.tools.bench_dit import DiT, as_published
+from triptych.tools.bench_rounds import RoundReport, Runner, run_round
 
 
 def test_quick_run_agrees_with_the_published_formulation() -> None:
@@ -60,7 +62,7 @@ def test_sides_that_differ_are_not_timed_against_each_other(monkeypatch: pytest.
         found = {"difference": 0.5, "versions": {}}
         return {runner.name: (Side([1.0], 1), found) for runner in runners}
 
-    monkeypatch.setattr(bench, "run_round", far_off)
+    monkeypatch.setattr(bench_rounds, "run_round", far_off)
     with pytest.raises(
         RuntimeError, match=r"tiny DiT, recompute none differs by 5\.00e-01 .* a defect of ours"
     ):
@@ -69,7 +71,7 @@ def test_sides_that_differ_are_not_timed_against_each_other(monkeypatch: pytest.
 
 def test_sides_take_turns() -> None:
     tiny = bench.TINY | {"num_layers": 1}
-    runners = [Runner("first", "ours", tiny), Runner("second", "published", tiny)]
+    runners = [Runner("first", SIDES, "ours", tiny, tiny), Runner("second", SIDES, "published", tiny, tiny)]
     said: list[str] = []
     results = run_round(runners, repeats=3, threads=1, progress=said.append)
     assert said == ["first", "second"] == list(results)
@@ -80,7 +82,7 @@ def test_sides_take_turns() -> None:
 def test_a_side_that_fails_is_named() -> None:
     broken = {key: value for key, value in bench.TINY.items() if key != "hidden_size"}
     with pytest.raises(RuntimeError, match=r"(?s)the broken one: failed.*KeyError: 'hidden_size'"):
-        run_round([Runner("the broken one", "ours", broken)], repeats=1, threads=1)
+        run_round([Runner("the broken one", SIDES, "ours", broken, bench.TINY)], repeats=1, threads=1)
 
 
 @pytest.mark.parametrize("options", [{"repeats": 0}, {"threads": 0}])
@@ -109,8 +111,9 @@ def test_targets_decide() -> None:
     case = Case("step", "step", {}, target_speed=1.0, target_memory=0.9)
     fast, slow = Side([1.0, 9.0, 1.0], 50), Side([4.0], 100)
 
-    def report(*comparisons: Comparison) -> DiffusionBenchReport:
-        return DiffusionBenchReport(list(comparisons), ["published"] * len(comparisons), {"torch": "2"}, 1)
+    def report(*comparisons: Comparison) -> RoundReport:
+        besides = ["published"] * len(comparisons)
+        return RoundReport(list(comparisons), besides, {"torch": "2"}, 1, "title", "A step", "the oracle")
 
     good, bad = Comparison(case, fast, slow, 0.0), Comparison(case, slow, fast, 0.0)
     assert report(good).ok and not report(good, bad).ok
