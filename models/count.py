@@ -45,7 +45,9 @@ def parameter_count(config: ModelConfig) -> dict[str, Any]:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> dict[str, Any]:
-    """Forward FLOPs per token: {"total": float, "parts": {part: float}, "per_kind": {kind: of one block}}.
+    """Forward FLOPs per token: {"total": float, "parts": {part: float}, "per_kind": {kind: of one block},
+    "per_block":
+    {layer: float}}. Per token of the first stage; per_kind is of the kind's last block.
 
     Two per multiply-add. Attention scores count whole (T x T), causal or not, as in torch.utils.flop_counter;
     norms, activations and embeddings do not count. Forward and backward together are three times as much.
@@ -60,8 +62,16 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> dict[str, Any]:
         for name, part in _parts(model).items()
         if hasattr(part, "flops")
     }
+    steps = getattr(model, "downsamples", {})
+    if steps:
+        between = [step.flops(config.length_at(int(layer), seq_len)) for layer, step in steps.items()]
+        parts["downsamples"] = sum(between) / seq_len
+    for layer, part in getattr(model, "downsamples", {}).items():
+        now = part.flops(config.length_at(int(layer), seq_len)) / seq_len
+        parts["downsamples"] = parts.get("downsamples", 0.0) + now
     total = sum(flops.values()) / seq_len + sum(parts.values())
-    return {"total": total, "parts": parts, "per_kind": per_kind}
+    per_block = {layer: value / seq_len for layer, value in flops.items()}
+    return {"total": total, "parts": parts, "per_kind": per_kind, "per_block": per_block}
 
 
 def build_on_meta(config: ModelConfig) -> Model:

@@ -12,19 +12,16 @@ import torch
 
 from triptych.models.config import ModelConfig
 from triptych.models.context import Context
-from triptych.models.diffusion_config import DiffusionConfig
 
 
 def shift_axes(config: ModelConfig) -> int:
     """Along how many axes inputs are shifted; 0: not at all."""
-    if config.wkv.shift == "quad" and isinstance(config, DiffusionConfig):
-        return len(config.grid)
-    return 0
+    return len(getattr(config, "input_size", ())) if config.wkv.shift == "quad" else 0
 
 
 def check_shift(config: ModelConfig, user: str) -> None:
     """Raises ValueError, naming the user, where there is no grid on which tokens have neighbours."""
-    if config.wkv.shift == "quad" and not isinstance(config, DiffusionConfig):
+    if config.wkv.shift == "quad" and not shift_axes(config):
         raise ValueError(
             f"model.wkv.shift=quad gives {user} the neighbours of a token on a grid, and "
             f"model.family={config.family} has none; use model.wkv.shift=none, or leave {user} out"
@@ -36,7 +33,7 @@ def shifted(x_BTC: torch.Tensor, context: Context, axes: int) -> torch.Tensor:
     left, then right, above, below. Zeros where there is none; channels left over stay where they are."""
     if axes == 0:
         return x_BTC
-    assert context.scan is not None, "a denoiser's context has a scan"
+    assert context.scan is not None, "images have a scan"
     size = x_BTC.shape[-1] // (2 * axes)
     *parts, rest = x_BTC.split([*[size] * 2 * axes, x_BTC.shape[-1] - 2 * axes * size], dim=-1)
     offsets = [

@@ -194,6 +194,8 @@ class VisionConfig(ModelConfig):
         """What concerns the tokens of one stage."""
         mixers = {spec.mixer for spec in self.layer_specs()}
         scanning = sorted(mixers.intersection(SCANNING))
+        if self.wkv.shift == "quad" and any(spec.ffn == "channel_mix" for spec in self.layer_specs()):
+            scanning.append("channel_mix")
         if scanning and self.num_prefix_tokens:
             raise ValueError(
                 f"model.class_token and model.registers have no place on the grid that {scanning[0]} goes "

@@ -26,7 +26,6 @@ from triptych.models.balancing import weighs
 from triptych.models.config import ModelConfig
 from triptych.models.context import has_values
 from triptych.models.moe_config import RouterConfig
-from triptych.models.routers import one_pass
 from triptych.models.sharding import REPLICATE, Exchange, GlobalBatch, Sent
 from triptych.parallel.collectives import Axis, all_gather, all_reduce
 from triptych.parallel.config import ParallelConfig
@@ -82,11 +81,6 @@ def has_experts(config: ModelConfig) -> bool:
 def looks_ahead(config: ModelConfig) -> bool:
     """Whether some router has a loss of the global batch, which several micro-batches know only together."""
     return any(weighs(section.losses) for section in routing_sections(config))
-
-
-def needs_one_pass(config: ModelConfig) -> bool:
-    """Whether some router must see the global batch in one forward pass."""
-    return any(one_pass(section) is not None for section in routing_sections(config))
 
 
 def apply_expert_parallel(model: nn.Module, ep: Axis, tp: Axis, mesh: DeviceMesh | None = None) -> None:

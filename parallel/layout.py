@@ -101,8 +101,7 @@ class Layout:
         _require_divides(self.config.tp, "tokens of the last of model.stages", last, mend)
 
     def _check_experts(self, whole: nn.Module, global_batch_size: int, micro_batch_size: int) -> None:
-        routers = [module for module in whole.modules() if getattr(module, "balanced", False)]
-        reason = next((router.one_pass for router in routers if router.one_pass), None)
+        reason = one_pass(whole)
         passes = global_batch_size // (self.dp_size * micro_batch_size)
         if reason and passes > 1:
             raise ValueError(
@@ -183,6 +182,12 @@ def cut_dim(cut: Cut, tp: int) -> int | None:
         assert cut.count is not None, "kv_heads and groups are counted"
         return 0 if cut.count % tp == 0 else None
     return None
+
+
+def one_pass(model: nn.Module) -> str | None:
+    """Why the global batch must be one forward pass, if some module has a reason."""
+    reasons = (getattr(module, "one_pass", None) for module in model.modules())
+    return next(filter(None, reasons), None)
 
 
 def _check_mixers(tp: int, model: ModelConfig) -> None:

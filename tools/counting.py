@@ -24,7 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from triptych.models import DiffusionConfig, LanguageConfig, Model, VisionConfig, build
 from triptych.parallel.collectives import Axis
 from triptych.parallel.config import ParallelConfig
-from triptych.parallel.expert import apply_expert_parallel
+from triptych.parallel.expert import apply_expert_parallel, expert_modules
 from triptych.parallel.recompute import apply_recompute
 from triptych.parallel.shards import local_part
 from triptych.parallel.tensor import apply_tensor_parallel
@@ -63,6 +63,8 @@ class StageCount:
     """Storages that one micro-batch keeps for backward."""
     parameter_shapes: list[tuple[int, ...]]
     """Of the rank's own part of each parameter, before data sharding."""
+    expert_shapes: list[tuple[int, ...]]
+    """Likewise of what is stacked over experts under expert parallelism, which fewer ranks share."""
 
 
 def count_stage(spec: StageSpec, rank: int = 0) -> StageCount:
@@ -75,7 +77,14 @@ def count_stage_on(spec: StageSpec, axis: Axis) -> StageCount:
     """The same on whatever tensors the process makes: fake ones, or real ones of a rank of a real group."""
     model = build_stage(spec, axis)
     kept = kept_by_backward(model, lambda: stage_forward(spec, model))
-    return StageCount(kept, [tuple(local_part(parameter).shape) for parameter in model.parameters()])
+    stacked = expert_modules(model).values() if spec.parallel.ep > 1 else ()
+    experts = {id(parameter) for module in stacked for parameter in module.parameters()}
+    shapes = {id(parameter): tuple(local_part(parameter).shape) for parameter in model.parameters()}
+    return StageCount(
+        kept,
+        parameter_shapes=[shape for key, shape in shapes.items() if key not in experts],
+        expert_shapes=[shape for key, shape in shapes.items() if key in experts],
+    )
 
 
 def build_stage(spec: StageSpec, axis: Axis) -> Model:

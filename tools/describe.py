@@ -261,7 +261,7 @@ def describe(run: RunSections) -> Description:
             for name, size in parameters["parts"].items()
             if size or flops["parts"].get(name)
         ],
-        blocks=block_rows(parameters["per_block"], flops["per_kind"]),
+        blocks=block_rows(parameters["per_block"], flops["per_block"]),
         forward_flops_per_token=flops["total"],
         forward_flops_per_sample=flops["total"] * tokens_per_sample(run),
         train_flops_per_token=3 * flops["total"],
@@ -275,16 +275,14 @@ def describe(run: RunSections) -> Description:
     )
 
 
-def block_rows(per_block: Sequence[dict[str, Any]], flops: dict[str, float]) -> list[BlockRow]:
-    """One row per kind, in the order in which the kinds first come."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
+def block_rows(per_block: Sequence[dict[str, Any]], flops: dict[int, float]) -> list[BlockRow]:
+    """One row per kind and size, in the order in which they first come."""
+    alike: dict[Any, list[dict[str, Any]]] = {}
     for block in per_block:
-        kinds.setdefault(block["kind"], []).append(block)
+        alike.setdefault((block["kind"], block["total"], flops[block["layer"]]), []).append(block)
     return [
-        BlockRow(
-            kind, [block["layer"] for block in blocks], blocks[0]["total"], blocks[0]["active"], flops[kind]
-        )
-        for kind, blocks in kinds.items()
+        BlockRow(kind, [block["layer"] for block in blocks], total, blocks[0]["active"], per_token)
+        for (kind, total, per_token), blocks in alike.items()
     ]
 
 
@@ -346,8 +344,11 @@ def rank_rows(run: RunSections, layout: Layout, num_micro_batches: int) -> list[
     rows = []
     for place in layout.table():
         stage = place["pp"]
-        kept, shapes = counted[stage].kept, counted[stage].parameter_shapes
-        elements = sum(_held(shape, run.parallel.dp_shard, place["dp_shard"]) for shape in shapes)
+        kept, shapes, parallel = counted[stage].kept, counted[stage].parameter_shapes, run.parallel
+        elements = sum(_held(shape, parallel.dp_shard, place["dp_shard"]) for shape in shapes)
+        share = place["dp_shard"] // parallel.ep % parallel.expert_shard
+        experts = counted[stage].expert_shapes
+        elements += sum(_held(shape, parallel.expert_shard, share) for shape in experts)
         weights = elements * (8 if fp64 else 4)
         ends = {"embedding": stage == 0, "head": stage == len(stages) - 1}
         rows.append(

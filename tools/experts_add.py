@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
+from rich.console import Group
+from rich.text import Text
 
 from triptych import models
+from triptych.data_pipeline.kinds import read_config as read_data
 from triptych.models import Model, VisionConfig
 from triptych.models.init import Normal
 from triptych.parallel.freezing import count_trainable
@@ -36,6 +40,7 @@ from triptych.training.loading import averages_wanted, load_model
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+_KINDS = ("classify", "segment", "detect")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -62,11 +67,9 @@ class Added:
             ["trained parameters", "", f"{self.trained:,}"],
             *([f"experts of {name}", *map(str, numbers)] for name, numbers in self.layers.items()),
         ]
-        if self.config is None:
-            note = "nothing was written"
-        else:
-            note = f"now: triptych train {self.config}"
-        return table_of(f"Task {self.task}", ["figure", "before", "after"], rows, note)
+        next_ = "nothing was written" if self.config is None else f"now: triptych train {self.config}"
+        table = table_of(f"Task {self.task}", ["figure", "before", "after"], rows)
+        return Group(table, Text(next_, no_wrap=True, overflow="ignore"))
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON values."""
@@ -103,7 +106,7 @@ def add_task(
         raise ValueError(
             f"{path} is of model.family={config.family}, which has no tasks; add-task is for vision"
         )
-    _check_request(config, task, experts)
+    _check_request(config, task, kind, num_classes, experts)
     precise = source.sections["train"]["precision"] == "fp64"
     dtype = torch.float64 if precise else torch.float32
     old, _, _ = load_model(source.directory, torch.device("cpu"), dtype, averages)
@@ -171,13 +174,16 @@ def _globs(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def _check_request(config: VisionConfig, task: str, experts: int) -> None:
+def _check_request(config: VisionConfig, task: str, kind: str, num_classes: int, experts: int) -> None:
     if task in config.tasks:
         raise ValueError(f"--task {task}: the model has this task already, beside {', '.join(config.tasks)}")
     if not _NAME.fullmatch(task):
         raise ValueError(f"--task {task}: give a name of letters, digits, _ and -, beginning with a letter")
-    if experts < 1:
-        raise ValueError(f"--experts={experts} adds none; give 1 or more")
+    if kind not in _KINDS:
+        raise ValueError(f"--kind {kind} is unknown; use {', '.join(_KINDS)}")
+    for name, number in (("--num-classes", num_classes), ("--experts", experts)):
+        if number < 1:
+            raise ValueError(f"{name}={number}: give 1 or more")
 
 
 def _sections(
@@ -252,6 +258,10 @@ def _name_data(
         data["sources"] = [{"path": path, "task": task} for path in train]
     if valid:
         data["valid"] = [*(data.get("valid") or ()), *({"path": path, "task": task} for path in valid)]
+    try:
+        read_data(data)
+    except ValidationError as error:
+        raise ValueError("; ".join(found["msg"] for found in error.errors())) from error
 
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:

@@ -23,7 +23,7 @@ from triptych.tools.experts import (
     task_named,
     write_run,
 )
-from triptych.tools.experts_use import Observed, measure, observe
+from triptych.tools.experts_use import Observed, measure, observe, of_task
 from triptych.tools.render import table_of
 from triptych.tools.trained import load_trained
 from triptych.training.ema import PREFIX
@@ -131,7 +131,7 @@ def prune(
         layers=list(kept.values()),
         parameters_before=count(trained.module),
         parameters_after=count(smaller),
-        before=_of_task(seen.metrics, name),
+        before=of_task(seen.metrics, name),
         after=None,
         checkpoint=None,
     )
@@ -151,7 +151,7 @@ def prune(
                 )
             tensors[prefix + parameter] = tensor
     checkpoint = write_run(target, source, sections, tensors, "triptych experts prune")
-    after = _of_task(measure(load_trained(target, device), samples, batch_size, progress), name)
+    after = of_task(measure(load_trained(target, device), samples, batch_size, progress), name)
     return Pruned(**{**vars(report), "after": after, "checkpoint": str(checkpoint)})
 
 
@@ -239,7 +239,3 @@ def _indices(model: Model, task: str, kept: dict[str, Kept]) -> dict[str, list[t
             found[f"{mixture.name}.router.weight"].append((0, row))
     found |= {name: [(0, row)] for name in PER_TASK}
     return found
-
-
-def _of_task(metrics: dict[str, float], task: str) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not task or name.startswith(f"{task}/")}

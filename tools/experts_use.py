@@ -100,7 +100,12 @@ def expert_use(
         rows = {use.label: torch.tensor(use.shares, dtype=torch.float64) for use in uses}
         write_png(Path(out).expanduser(), load_picture(rows))
     picture = None if out is None else str(out)
-    return ExpertUse(trained.step, samples, uses, observed.metrics, picture)
+    return ExpertUse(trained.step, samples, uses, of_task(observed.metrics, task or ""), picture)
+
+
+def of_task(metrics: dict[str, float], task: str) -> dict[str, float]:
+    """Those of one task; all of them for ""."""
+    return {name: value for name, value in metrics.items() if not task or name.startswith(f"{task}/")}
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 from rich.text import Text
 
+from triptych.models.count import build_on_meta
 from triptych.parallel.config import ParallelConfig
-from triptych.parallel.expert import has_experts, needs_one_pass
-from triptych.parallel.layout import Layout
+from triptych.parallel.expert import has_experts
+from triptych.parallel.layout import Layout, one_pass
 from triptych.parallel.local import run_local
 from triptych.tools.layouts import LayoutName, default_layouts, parse_layout
 from triptych.tools.render import table_of
@@ -203,7 +204,7 @@ def micro_batch_size(config: ParallelConfig, run: RunSections) -> int:
     whole global batch in one pass, it gets that.
     """
     samples = run.train.global_batch_size // Layout(config).dp_size
-    if needs_one_pass(run.model):
+    if one_pass(build_on_meta(run.model)):
         return samples or run.train.micro_batch_size
     per_stage = samples // config.pp or samples
     return math.gcd(run.train.micro_batch_size, per_stage) or run.train.micro_batch_size

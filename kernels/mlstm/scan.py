@@ -135,12 +135,15 @@ def backward(
     db = _dot(s.q, dq) - da
     # log f of a token is part of b from there on.
     dlog_f = db.flip(-1).cumsum(-1).flip(-1) + dend.unsqueeze(-1)
-    dgates = (_joined(x, batch, length, s.dtype) for x in (da, dlog_f))
-    digate, dlog_f = (x.to(s.dtype) for x in dgates)
-    dfgate = dlog_f * torch.sigmoid(-fgate.to(s.dtype))
-    joined = [_joined(x, batch, length, like.dtype) for x, like in ((dq * scale, q), (dk, k))]
-    dv = _joined(dv[..., :-1], batch, length, v.dtype)
-    return Gradients(*joined, dv, digate.to(igate.dtype), dfgate.to(fgate.dtype), initial)
+    dfgate = _joined(dlog_f, batch, length, s.dtype) * torch.sigmoid(-fgate.to(s.dtype))
+    return Gradients(
+        _joined(dq * scale, batch, length, q.dtype),
+        _joined(dk, batch, length, k.dtype),
+        _joined(dv[..., :-1], batch, length, v.dtype),
+        _joined(da, batch, length, igate.dtype),
+        dfgate.to(fgate.dtype),
+        initial,
+    )
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

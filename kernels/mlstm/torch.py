@@ -29,7 +29,7 @@ def mlstm_op(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What scan.Outputs has. memory, m: the initial state."""
-    return tuple(scan.forward(q, k, v, igate, fgate, memory, m, segments, scale, chunk_size))
+    return scan.forward(q, k, v, igate, fgate, memory, m, segments, scale, chunk_size)
 
 
 @mlstm_op.register_fake
@@ -74,7 +74,7 @@ def mlstm_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What scan.Gradients has."""
     args = (q, k, v, igate, fgate, m, segments, y, normaliser, memories, scale, chunk_size)
-    return tuple(scan.backward(dy, dfinal, *args))
+    return scan.backward(dy, dfinal, *args)
 
 
 @mlstm_backward_op.register_fake

@@ -33,7 +33,6 @@ class Contrast(nn.Module):
     of its text among all texts and of its image among all images.
     """
 
-    gathers = True
     one_pass = "a contrastive loss compares all samples of the global batch"
 
     def __init__(self, config: VisionConfig, task: TaskConfig) -> None:

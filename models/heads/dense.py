@@ -7,6 +7,7 @@ K classes. A cell is config.dense_stride pixels wide and high.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class Neck(nn.Module):
         self.prefix = config.num_prefix_tokens
         self.norms = nn.ModuleList(build_norm(stage) for stage in stages[:-1])
         inner = size * math.prod(self.cells)
-        self.laterals = nn.ModuleList(Linear(stage.hidden_size, inner) for stage in stages)
+        self.laterals: Any = nn.ModuleList(Linear(stage.hidden_size, inner) for stage in stages)
 
     def init(self) -> dict[str, Init]:
         table: dict[str, Init] = {}
@@ -69,7 +70,7 @@ class Neck(nn.Module):
         Returns (B, h, w, D).
         """
         assert len(earlier) == len(self.norms), f"{len(earlier)} earlier stages for {len(self.norms)}"
-        dtype = self.laterals[0].weight.dtype
+        dtype: torch.dtype = self.laterals[0].weight.dtype
         halvings = len(earlier)
         total = torch.zeros((), dtype=dtype, device=features_BTC.device)
         for stage, lateral in enumerate(self.laterals):
@@ -110,7 +111,7 @@ class Tower(nn.Module):
     def __init__(self, config: VisionConfig, size: int, layers: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList(build_norm(config, size) for _ in range(layers + 1))
-        self.convs = nn.ModuleList(MapConv(size) for _ in range(layers))
+        self.convs: Any = nn.ModuleList(MapConv(size) for _ in range(layers))
 
     def flops(self, cells: int) -> int:
         """Forward FLOPs of one map."""

@@ -196,7 +196,8 @@ class MLSTM(nn.Module):
             return kernels.mlstm(*inputs, cu_seqlens=cu_seqlens, chunk_size=size)
         state = (held["memory"], held["memory_log"]) if "memory" in held else None
         if state is not None and inputs[0].shape[1] == 1:
-            y_BHD, state = kernels.mlstm_step(state, *(x[:, 0] for x in inputs))
+            q, k, v, igate, fgate = (x[:, 0] for x in inputs)
+            y_BHD, state = kernels.mlstm_step(state, q, k, v, igate, fgate)
             y_BTHD = y_BHD.unsqueeze(1)
         else:
             y_BTHD, state = kernels.mlstm(

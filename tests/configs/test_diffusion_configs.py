@@ -15,6 +15,7 @@ import yaml
 
 from tests.backbones import BACKBONES, SHRUNK, shrunk, tread
 from tests.configs.shards import ASPECTS, BROKEN, COUNT, TEXT, write_images, write_latents
+from tests.configs.states import read_all
 from triptych import models
 from triptych.launcher.cli import execute
 from triptych.launcher.config import PACKAGED, RunConfig, load
@@ -25,8 +26,7 @@ from triptych.training.check import check
 from triptych.training.data import open_training
 from triptych.training.objectives import DiffusionObjective, build_objective
 from triptych.training.sections import tokens_per_sample
-from triptych.training.shards import Window
-from triptych.training.store import load_state, open_reader
+from triptych.training.store import load_state
 
 FILES = sorted(path.stem for path in (PACKAGED / "diffusion").glob("*.yaml"))
 PATCHES = (2, 4, 8)
@@ -232,14 +232,6 @@ def test_a_resumed_run_is_the_run(name: str, data: dict[str, str], tmp_path: Pat
         assert torch.equal(tensor, tensors[1][tensor_name]), tensor_name
     moved = [tensors[0][f"model/{n}"] for n in ("head.proj.weight", "patch_embedding.proj.weight")]
     assert all(float(tensor.abs().max()) > 0 for tensor in moved)
-
-
-def read_all(directory: Path) -> dict[str, torch.Tensor]:
-    with open_reader(directory) as reader:
-        found = {name: torch.empty(entry.shape, dtype=torch.float64) for name, entry in reader.index.items()}
-        for name, tensor in found.items():
-            reader.read_into(Window(name, tensor, tuple(tensor.shape), (0,) * tensor.ndim))
-    return found
 
 
 def test_an_unreadable_sample_is_left_out_and_named(

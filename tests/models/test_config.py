@@ -68,7 +68,7 @@ def test_config_round_trips_through_its_own_dump():
         ),
         (
             {"pattern": ["mamba2+relu"]},
-            r"feed-forward 'relu' of item 'mamba2\+relu' is unknown; use one of .*gelu, .*swiglu, none",
+            r"feed-forward 'relu' of item 'mamba2\+relu' is unknown; use one of .*gelu, .*swiglu, .*none",
         ),
         (
             {"pattern": "M?"},
@@ -78,7 +78,7 @@ def test_config_round_trips_through_its_own_dump():
             {"pattern": ["none"], "ffn": {"kind": "none"}},
             "has an empty block; name a mixer or a feed-forward",
         ),
-        ({"ffn": {"kind": "relu"}}, "model.ffn.kind='relu' is unknown; use one of .*gelu, .*swiglu, none"),
+        ({"ffn": {"kind": "relu"}}, "model.ffn.kind='relu' is unknown; use one of .*gelu, .*swiglu, .*none"),
         (
             {"attention": {"num_heads": 6, "num_kv_heads": 4, "head_dim": 8}},
             "attention.num_kv_heads=4 does not divide model.attention.num_heads=6; use one of 1, 2, 3, 6",

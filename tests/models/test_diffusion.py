@@ -71,7 +71,8 @@ def test_a_zero_denoiser_gets_gradients_where_it_should() -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", [["attention"], ["mamba2"], ["mamba1"], ["wkv+channel_mix"], ["mamba2", "attention+swiglu"]]
+    "pattern",
+    [["attention"], ["mamba2"], ["mamba1"], ["mlstm"], ["wkv+channel_mix"], ["mamba2", "attention+swiglu"]],
 )
 def test_packed_rows_are_each_image_alone(pattern: list[str]) -> None:
     """FiT's packing: attention within an image, each with its own time and label; padding changes nothing."""

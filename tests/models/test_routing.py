@@ -29,6 +29,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "attention": {},
     "mamba1": {"pattern": ["mamba1+none"]},
     "mamba2": {"pattern": ["mamba2+none"], "mamba2": {"state_size": 4, "head_dim": 6, "chunk_size": 8}},
+    "mlstm": {"pattern": ["mlstm+none"], "mlstm": {"chunk_size": 8}},
     "wkv": {"pattern": ["wkv+channel_mix"], "wkv": {"shift": "none"}, "ffn": {"kind": "channel_mix"}},
     "hybrid": {
         "pattern": ["mamba2", "attention"],

@@ -51,7 +51,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_shards(directory / "digits", [{"png": image(), "cls": str(n % 5).encode()} for n in range(18)])
     masks = [{"png": image(), MASK: png(draw.integers(0, 3, (8, 8)))} for _ in range(10)]
     write_shards(directory / "parts", masks)
-    write_shards(directory / "parity", [{"png": image(), "cls": str(n % 2).encode()} for n in range(12)])
+    for task in ("parity", "again"):
+        write_shards(directory / task, [{"png": image(), "cls": str(n % 2).encode()} for n in range(12)])
     return directory
 
 
@@ -117,7 +118,7 @@ class TestUse:
         for use in report.uses:
             counts = expected[use.name, use.task].double()
             assert use.shares == pytest.approx((counts / counts.sum()).tolist(), abs=1e-12)
-            # 18 images, or 10, of 4 tokens with two experts each, one image of a batch padded away or not.
+            # Images of 4 tokens with two experts each.
             assert counts.sum() == {"digits": 18, "parts": 10}[use.task] * 4 * 2
         assert report.uses[2].shares != report.uses[3].shares
         assert report.metrics == evaluate_vision(base, batch_size=5).metrics
@@ -231,9 +232,7 @@ class TestPrune:
         config = models.read_config(new.sections["model"])
         assert config.moe.num_experts_of == {1: len(experts)} and config.moe.losses.mutual_information == 0
         assert config.attention_moe.num_experts_of == {0: len(heads)}
-        assert report.after == {
-            name: value for name, value in evaluate_vision(tmp_path / "out").metrics.items()
-        }
+        assert report.after == evaluate_vision(tmp_path / "out").metrics
 
     def test_another_run_starts_from_it(self, base: Path, tmp_path: Path) -> None:
         prune(base, out=tmp_path / "out", task="digits")
@@ -261,7 +260,7 @@ class TestPrune:
     def test_what_cannot_be_is_refused(self, base: Path, shards: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="not both"):
             prune(base, out=tmp_path / "out", task="digits", keep_share=0.9, min_share=0.1)
-        with pytest.raises(ValueError, match="--keep-share=1.5 must be above 0"):
+        with pytest.raises(ValueError, match=r"--keep-share=1\.5 must be above 0"):
             prune(base, out=tmp_path / "out", task="digits", keep_share=1.5)
         with pytest.raises(ValueError, match="--task None: the model's tasks are digits, parts"):
             prune(base, out=tmp_path / "out")
@@ -326,7 +325,7 @@ class TestAddTask:
         assert visible == {"digits": EXPERTS, "parts": EXPERTS, "parity": EXPERTS + 2}
 
     def add(self, run: Path, shards: Path, out: Path, task: str = "parity") -> Any:
-        places = [str(shards / "parity")]
+        places = [str(shards / task)]
         return add_task(
             run, out=out, task=task, kind="classify", num_classes=2, experts=2, data=places, valid=places
         )
@@ -388,7 +387,11 @@ class TestAddTask:
         for task, message in (("parts", "has this task already"), ("a.b", "give a name of letters")):
             with pytest.raises(ValueError, match=message):
                 add_task(base, task=task, **options)
-        with pytest.raises(ValueError, match="--experts=0 adds none"):
+        with pytest.raises(ValueError, match="--kind contrast is unknown; use classify, segment, detect"):
+            add_task(base, task="parity", **options | {"kind": "contrast"})
+        with pytest.raises(ValueError, match="is listed twice"):
+            add_task(base, task="parity", **options, valid=[str(shards / "digits")])
+        with pytest.raises(ValueError, match="--experts=0: give 1 or more"):
             add_task(base, task="parity", **options, experts=0)
         unlike = {"moe": {"num_experts": EXPERTS, "top_k": 2, "low_rank": 2}}
         chosen = {"moe": {"num_experts": EXPERTS, "top_k": 2, "router": "expert_choice"}}

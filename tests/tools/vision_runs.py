@@ -1,4 +1,5 @@
-"""A small multi-task vision run with experts. Ranks load this file by its path: it imports nothing of tests."""
+"""A small multi-task vision run with experts. Ranks load this file by its path: it imports nothing of
+tests."""
 
 from __future__ import annotations
 
@@ -76,10 +77,10 @@ def vision_run(shards: Path, model: dict[str, Any] | None = None, **sections: An
     )
 
 
-def write_run(run: RunConfig, run_dir: Path, *, spread: float = 1.5) -> Path:
+def write_run(run: RunConfig, run_dir: Path) -> Path:
     """A run directory with one checkpoint of random weights, whose averages are others.
 
-    spread: of the gates, so that tasks prefer some experts.
+    Gates are large, and so is what norms add, so that tokens have experts that most of them prefer.
     """
     model = models.build(run.model)
     dtype = torch.float64 if run.train.precision == "fp64" else torch.float32
@@ -88,7 +89,7 @@ def write_run(run: RunConfig, run_dir: Path, *, spread: float = 1.5) -> Path:
         models.initialize(model, seed)
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in model.named_parameters():
-            scale = spread if ".router." in name else 0.1
+            scale = 1.5 if ".router." in name else 3.0 if name.endswith("norm.bias") else 0.1
             moved = parameter.detach().double() + scale * torch.randn(parameter.shape, generator=generator)
             shape = tuple(parameter.shape)
             windows.append(Window(f"{prefix}/{name}", moved.to(dtype), shape, (0,) * len(shape)))

@@ -50,11 +50,11 @@ def seen(
 def test_every_pixel_shows_the_place_that_the_part_says(
     shape: tuple[int, int], size: tuple[int, int], name: str, key: int
 ) -> None:
-    """Of an image whose shade is twice the coordinate, the shades that are seen say where each pixel is from."""
+    """Of an image whose values are a coordinate, those that are seen say where each pixel is from."""
     left, top, right, bottom = part(shape, size, AUGMENTS[name], key)
     for coordinate, low, high, count in ((1, left, right, size[1]), (0, top, bottom, size[0])):
-        ramp = Image.fromarray((2 * np.indices(shape)[coordinate] + 1).astype(np.uint8))
-        shown = (pixels(ramp, size, AUGMENTS[name], key)[0] + 1) * 127.5 / 2
+        ramp = Image.fromarray(np.indices(shape)[coordinate].astype(np.float32) + 0.5)
+        shown = (pixels(ramp, size, AUGMENTS[name], key)[0] + 1) * 127.5
         shown = shown.mean(axis=1 - coordinate)
         expected = low + (np.arange(count) + 0.5) * (high - low) / count
         if coordinate == 1 and mirrored(AUGMENTS[name], key):
@@ -63,7 +63,7 @@ def test_every_pixel_shows_the_place_that_the_part_says(
         step = (high - low) / count
         border = 1 + int(2 / min(step, 1))
         off = (shown - expected)[border:-border] / max(step, 1)
-        assert np.abs(off).max() < 0.35 and abs(off.mean()) < 0.1
+        assert np.abs(off).max() < 0.55 and abs(off.mean()) < 0.1
 
 
 SIZES = st.tuples(st.integers(40, 150), st.integers(40, 150))

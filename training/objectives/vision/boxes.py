@@ -5,6 +5,7 @@ Shape legend: B images, M boxes of an image, N cells of the map, in raster order
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -112,11 +113,11 @@ def nms(boxes_S4: Tensor, labels_S: Tensor, threshold: float) -> Tensor:
     boxes: the best first. Returns bool (S,).
     """
     rivals = (iou(boxes_S4, boxes_S4) > threshold) & (labels_S[:, None] == labels_S[None])
-    rivals = rivals.triu(1).cpu().numpy()
-    kept = torch.ones(len(labels_S), dtype=torch.bool).numpy()
+    worse = rivals.triu(1).cpu().numpy()
+    kept = np.ones(len(labels_S), dtype=bool)
     for number in range(len(kept)):
         if kept[number]:
-            kept &= ~rivals[number]
+            kept &= ~worse[number]
     return torch.from_numpy(kept).to(labels_S.device)
 
 
