@@ -23,7 +23,7 @@ def first_come(chosen_MK: torch.Tensor, priority_M: torch.Tensor, capacity: torc
     second ones, and among them tokens of larger priority first, the earlier of equals (batch prioritised,
     arXiv 2106.05974, algorithm 1)."""
     M, K = chosen_MK.shape
-    order_M = priority_M.sort(descending=True, stable=True).indices
+    order_M = coarse(priority_M).sort(descending=True, stable=True).indices
     queue = chosen_MK[order_M].T.flatten()
     experts, members = queue.sort(stable=True)
     places = torch.arange(K * M, device=queue.device) - torch.searchsorted(experts, experts)
@@ -32,10 +32,22 @@ def first_come(chosen_MK: torch.Tensor, priority_M: torch.Tensor, capacity: torc
     return kept_MK & (chosen_MK != NOWHERE)
 
 
+def coarse(scores: torch.Tensor) -> torch.Tensor:
+    """Scores, float32 or float64, rounded to the upper half of their mantissa; infinities stay.
+
+    Equal tokens (the first of two documents that begin alike) have equal scores but for the rounding of
+    products, which depends on the layout. Rounded they are equal, and their order in the global batch
+    decides.
+    """
+    integers, dropped = (torch.int64, 26) if scores.dtype == torch.float64 else (torch.int32, 12)
+    bits = scores.contiguous().view(integers)
+    return (bits + (1 << (dropped - 1)) & -(1 << dropped)).view(scores.dtype)
+
+
 def best_tokens(choice_GME: torch.Tensor, capacity_G: torch.Tensor) -> torch.Tensor:
     """bool (G, M, E): the tokens that each expert takes of each group, the earlier of equals; never one of
     -inf (arXiv 2202.09368)."""
-    order = choice_GME.sort(dim=1, descending=True, stable=True).indices
+    order = coarse(choice_GME).sort(dim=1, descending=True, stable=True).indices
     ranks = torch.arange(order.shape[1], device=order.device).view(1, -1, 1).expand_as(order)
     places = torch.empty_like(order).scatter_(1, order, ranks)
     return (places < capacity_G.view(-1, 1, 1)) & (choice_GME > -torch.inf)

@@ -26,6 +26,9 @@ class TaskConfig(Section):
     """Classes, numbered from 0; contrast has none."""
     hidden_size: int | None = Field(default=None, ge=1)
     """Channels within the heads of segment and detect; unset: those of the backbone's last stage."""
+    stride: int | None = Field(default=None, ge=1)
+    """For segment: pixels per cell of the map of logits, a divisor of the patch; unset: a patch, but at most
+    4."""
     embed_size: int = Field(default=256, ge=1)
     """For contrast: channels in which image and text are compared."""
     text_size: int = Field(default=768, ge=1)
@@ -38,6 +41,8 @@ class TaskConfig(Section):
         if (self.num_classes is None) != (self.kind == "contrast"):
             what = "has no classes; remove it" if self.kind == "contrast" else "needs it; give their number"
             raise ValueError(f"num_classes={self.num_classes}: a task of kind {self.kind} {what}")
+        if self.stride is not None and self.kind != "segment":
+            raise ValueError(f"stride={self.stride} is for tasks of kind segment, not {self.kind}; remove it")
         return self
 
     @property
@@ -327,8 +332,13 @@ class VisionConfig(ModelConfig):
 
     @property
     def dense_stride(self) -> int:
-        """Pixels per cell of the maps that dense heads give: a patch, but at most 4."""
-        return min(4, max(self.patch_sizes))
+        """Pixels per cell of the maps that dense heads give: the largest divisor of a patch up to 4."""
+        edge = math.gcd(*self.patch_sizes)
+        return next(stride for stride in (4, 3, 2, 1) if edge % stride == 0)
+
+    def stride_of(self, task: TaskConfig) -> int:
+        """Pixels per cell of the map of a dense task."""
+        return task.stride or self.dense_stride
 
     @property
     def rope_axes(self) -> int:

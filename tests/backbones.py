@@ -37,6 +37,7 @@ BACKBONES: dict[str, Sequence[str]] = {
     "demo-mamba": (*DEMO, *SCAN),
     "dit": GRID,
     "sit": GRID,
+    "dit-moe": (*GRID, "model.moe.num_experts=4", "model.moe.expert.intermediate_size=16", "parallel.ep=1"),
     "dit-text": (*GRID, "model.conditioning.text_size=6", "model.conditioning.text_length=3"),
     "fit": (*PACKED, "model.rope_scaling.trained=[4,4]"),
     "fitv2": (*PACKED, "model.rope_scaling.trained=[4,4]", "model.modulation.rank=6"),

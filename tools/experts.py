@@ -144,8 +144,8 @@ def write_run(
     Raises RuntimeError where it could not be written.
     """
     step = int(source.state["step"])
-    state = {
-        **{key: source.state[key] for key in ("tokens", "seed", "versions") if key in source.state},
+    state = {key: source.state[key] for key in ("tokens", "seed", "versions") if key in source.state}
+    state |= {
         "step": step,
         "config": sections,
         "meta": {"made_by": made_by, "from": str(source.directory.resolve())},

@@ -182,7 +182,8 @@ def chosen_experts(
     """
     order = shares[:num_full].argsort(descending=True, stable=True).tolist()
     least = max(1, top_k - (len(shares) - num_full))
-    covered, kept = float(shares[num_full:].sum()), []
+    covered = float(shares[num_full:].sum())
+    kept: list[int] = []
     for expert in order:
         share = float(shares[expert])
         wanted = covered < keep_share - _EPSILON if min_share is None else share >= min_share

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -107,6 +107,11 @@ class Reporter:
         """Write a picture drawn after step `step`."""
         save_grid(picture, self._run_dir, step)
         self.writer.write_image("samples", picture, step)
+
+    def show_tasks(self, step: int, pictures: Mapping[str, Pictures]) -> None:
+        """Show what a vision model says about some images, by task."""
+        for name, picture in pictures.items():
+            self.writer.write_image(f"tasks/{name}", picture, step)
 
     def close(self) -> None:
         """Flush the metrics files."""

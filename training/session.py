@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from triptych.data_pipeline.loader import BatchLoader
+from triptych.models import VisionConfig
 from triptych.parallel.freezing import count_trainable
 from triptych.parallel.layout import Layout, build_mesh
 from triptych.parallel.model import ParallelModel
@@ -49,6 +50,7 @@ from triptych.training.profiling import StepProfiler
 from triptych.training.reporting import Reporter
 from triptych.training.sections import RunSections, as_json, tokens_per_sample
 from triptych.training.shards import Window
+from triptych.training.task_pictures import TaskPictures
 
 log = logging.getLogger("triptych.training.session")
 
@@ -144,6 +146,8 @@ class Session:
                 self.ema.restart()
         if self.group.rank == 0:
             log.info("training %d of %d parameters", *count_trainable(run.model, run.train.freeze))
+        drawn = run.log.tensorboard and self.validation is not None and isinstance(run.model, VisionConfig)
+        self.task_pictures = TaskPictures(run, self.model, self.objective) if drawn else None
         self.grids = ImageGrids(run, self.model, self.ema) if run.log.images else None
         self.grids_every = run.log.images.every if run.log.images else 0
         self.checkpointer = Checkpointer(
@@ -232,6 +236,9 @@ class Session:
             self.valid_loss, self.valid_metrics = evaluate(
                 self.model, self.objective, batches, device=self.device, step=self.step
             )
+            pictures = {} if self.task_pictures is None else self.task_pictures.draw(self.step)
+        if self.reporter is not None:
+            self.reporter.show_tasks(self.step, pictures)
 
     def report(self, step: int, loss: Sums, grad_norm: float) -> None:
         """Report, on rank 0, a step that is due, the last, one that validated or one that was skipped."""

@@ -1,7 +1,7 @@
 """Heads that read the map of the tokens: a class for every pixel, and boxes.
 
 Shape legend: B batch, T tokens, C hidden size of a stage, D channels of the head, h and w cells of the map,
-K classes. A cell is config.dense_stride pixels wide and high.
+K classes. A cell is config.stride_of(task) pixels wide and high.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Neck(nn.Module):
     here.
     """
 
-    def __init__(self, config: VisionConfig, size: int) -> None:
+    def __init__(self, config: VisionConfig, task: TaskConfig, size: int) -> None:
         super().__init__()
         stages = config.stage_configs
-        self.cells = cells_of_a_token(config)
+        self.cells = cells_of_a_token(config, task)
         self.prefix = config.num_prefix_tokens
         self.norms = nn.ModuleList(build_norm(stage) for stage in stages[:-1])
         inner = size * math.prod(self.cells)
@@ -131,7 +131,7 @@ class Segment(nn.Module):
         super().__init__()
         assert task.num_classes is not None, "the configuration asks for it"
         size = task.hidden_size or config.stage_configs[-1].hidden_size
-        self.neck = Neck(config, size)
+        self.neck = Neck(config, task, size)
         self.tower = Tower(config, size, SEGMENTATION_LAYERS)
         self.proj = Linear(size, task.num_classes)
         self.std = config.init_std
@@ -164,7 +164,7 @@ class Detect(nn.Module):
         super().__init__()
         assert task.num_classes is not None, "the configuration asks for it"
         size = task.hidden_size or config.stage_configs[-1].hidden_size
-        self.neck = Neck(config, size)
+        self.neck = Neck(config, task, size)
         self.tower = Tower(config, size, DETECTION_LAYERS)
         self.classes = Linear(size, task.num_classes)
         self.sides = Linear(size, 4)
@@ -200,23 +200,23 @@ def repeat(map_BhwK: torch.Tensor, factor: int) -> torch.Tensor:
     return spread.flatten(1, 2).flatten(2, 3)
 
 
-def cells_of_a_token(config: VisionConfig) -> tuple[int, int]:
+def cells_of_a_token(config: VisionConfig, task: TaskConfig) -> tuple[int, int]:
     """Rows and columns of cells within a token of the first stage.
 
-    Raises ValueError for inputs that are no images, and patches that dense_stride does not divide.
+    Raises ValueError for inputs that are no images, and patches that the stride does not divide.
     """
-    name = next(name for name, task in config.tasks.items() if task.dense)
-    where = f"model.tasks.{name}.kind={config.tasks[name].kind}"
+    name = next(name for name, each in config.tasks.items() if each == task)
+    where = f"model.tasks.{name}.kind={task.kind}"
     if len(config.input_size) != 2:
         raise ValueError(
             f"{where} needs images of two axes, and model.input_size={list(config.input_size)} has "
             f"{len(config.input_size)}; remove the task or give images"
         )
-    stride = config.dense_stride
+    stride = config.stride_of(task)
     if any(patch % stride for patch in config.patch_sizes):
         raise ValueError(
             f"{where} gives a map of {stride} pixels per cell, which does not divide "
-            f"patches of {list(config.patch_sizes)} pixels; use a patch_size of 1, 2, 3 or a multiple of 4"
+            f"patches of {list(config.patch_sizes)} pixels; use another patch_size or (segment) stride"
         )
     rows, columns = (patch // stride for patch in config.patch_sizes)
     return rows, columns

@@ -68,7 +68,7 @@ class Heads(nn.Module):
         images that could not be read; None: all could.
 
         Returns per task, in their order: classify (B, classes) or (B, G, classes); segment (B, classes, h, w)
-        of cells of config.dense_stride pixels; detect (B, h w, classes + 5), see Detect; contrast (B, 2),
+        of cells of config.stride_of(task) pixels; detect (B, h w, classes + 5), see Detect; contrast (B, 2),
         loss and hit; and then, if learned, log_variance.
         Raises ValueError for packed rows with other tasks than classify, and contrast without text.
         """
@@ -120,10 +120,10 @@ def output_shapes(config: VisionConfig, batch: Mapping[str, Any]) -> list[tuple[
     packed = batch.get("document_ids") is not None
     if packed:
         images = tuple(batch["sizes"].shape[:2])
-    map_ = () if packed else tuple(size // config.dense_stride for size in x.shape[2:])
     found: list[tuple[int, ...]] = []
     for task in config.tasks.values():
         classes = task.num_classes or 0
+        map_ = () if packed else tuple(size // config.stride_of(task) for size in x.shape[2:])
         found.append(
             {
                 "classify": (*images, classes),

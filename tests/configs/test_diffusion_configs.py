@@ -41,7 +41,7 @@ ROUTED = ("sit", "fitv2", "dit-text", "zigma", "dim", "hybrid")
 """Those that train with TREAD here."""
 
 
-DISTINCT = ("demo", "dit", "dit-text", "fit", "zigma", "dim", "dimsum", "rwkv", "hybrid")
+DISTINCT = ("demo", "dit", "dit-moe", "dit-text", "fit", "zigma", "dim", "dimsum", "rwkv", "hybrid")
 """Those that no other resembles in model, data and objective; the others train among the slow tests."""
 
 

@@ -29,8 +29,8 @@ def test_language_models_need_not_say_so() -> None:
 
 
 def test_an_unknown_family_is_refused_with_those_there_are() -> None:
-    values = denoiser_config().model_dump(mode="json") | {"family": "vision"}
-    with pytest.raises(ValidationError, match=r"(?s)vision.*lm.*diffusion"):
+    values = denoiser_config().model_dump(mode="json") | {"family": "speech"}
+    with pytest.raises(ValidationError, match=r"(?s)speech.*lm.*diffusion.*vision"):
         models.read_config(values)
 
 

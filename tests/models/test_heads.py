@@ -93,7 +93,7 @@ def test_classes_are_read_from_the_class_token_or_the_mean() -> None:
 def test_a_token_fills_the_cells_of_its_patch() -> None:
     """Patches of 8 x 12 in cells of 4: token (i, j) gives the 2 x 3 cells from (2 i, 3 j) on."""
     config = vision_config(("shapes",), patch_size=(8, 12), input_size=[16, 36], registers=1)
-    neck = initialised(Neck(config, size=3))
+    neck = initialised(Neck(config, config.tasks["shapes"], size=3))
     features, _, grid = features_of(config, 2)
     x = neck(features, (), grid)
     assert x.shape == (2, 4, 9, 3)
@@ -105,7 +105,7 @@ def test_a_token_fills_the_cells_of_its_patch() -> None:
 
 def test_stages_are_added_at_the_finest_grid() -> None:
     config = staged_config(("shapes",))
-    neck = initialised(Neck(config, size=5))
+    neck = initialised(Neck(config, next(iter(config.tasks.values())), size=5))
     features, earlier, grid = features_of(config, 2)
     expected = torch.zeros(2, 5, 8, 16, dtype=torch.float64)
     for number, tokens in enumerate([*earlier, features]):

@@ -1,4 +1,4 @@
-"""Mixup, CutMix and RandAugment: what they do to pixels, and that their draws have the distributions promised."""
+"""Mixup, CutMix and RandAugment: what they do to pixels, and the distributions of their draws."""
 
 from __future__ import annotations
 
@@ -150,7 +150,9 @@ def test_mixing_is_for_classification_at_random_places(shades: str) -> None:
     with pytest.raises(ValueError, match="randaugment is for the tasks of vision models"):
         ImageNeeds().check(config(shades, augment={"randaugment": {}}))
     for more in ({"stream": True}, {"packing": {"max_tokens": 4, "patch_size": 2}}):
-        with pytest.raises(ValidationError, match=r"augment.mixup=0 and cutmix=1 take another image .* remove"):
+        with pytest.raises(
+            ValidationError, match=r"augment.mixup=0 and cutmix=1 take another image .* remove"
+        ):
             config(shades, augment={"cutmix": 1.0}, **more)
 
 
@@ -168,13 +170,13 @@ def applied(name: str, picture: Image.Image, strength: float, sign: int) -> np.n
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_operations_keep_size_and_mode_and_do_nothing_at_no_strength(name: str, channels: int) -> None:
-    values = RANDOM.integers(0, 256, (12, 16) if channels == 1 else (12, 16, 3)).astype(np.uint8)
+    values = RANDOM.integers(40, 200, (30, 40) if channels == 1 else (30, 40, 3)).astype(np.uint8)
     picture = Image.fromarray(values)
     strong = applied(name, picture, 1.0, 1)
     if name not in ("autocontrast", "equalize"):
         assert np.abs(applied(name, picture, 0.0, 1) - values).max() <= 1
     changes = name != "identity" and not (name == "colour" and channels == 1)
-    assert (strong != values).any() == changes or name == "autocontrast"
+    assert (strong != values).any() == changes
 
 
 def test_operations_against_formulas() -> None:

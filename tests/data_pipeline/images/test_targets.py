@@ -1,4 +1,4 @@
-"""Masks and boxes stand where the augmented image shows what they mean; held against the images themselves."""
+"""Masks and boxes stand where the augmented image shows what they mean; held against images themselves."""
 
 from __future__ import annotations
 
