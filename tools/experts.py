@@ -144,7 +144,9 @@ def write_run(
     Raises RuntimeError where it could not be written.
     """
     step = int(source.state["step"])
-    state = {key: source.state[key] for key in ("tokens", "seed", "versions") if key in source.state}
+    state: dict[str, Any] = {
+        key: source.state[key] for key in ("tokens", "seed", "versions") if key in source.state
+    }
     state |= {
         "step": step,
         "config": sections,

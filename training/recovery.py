@@ -103,14 +103,15 @@ def check_same_run(directory: Path, saved: Mapping[str, Any], wanted: Mapping[st
 
 
 def check_moments(directory: Path, saved: Container[str], wanted: Iterable[Shard]) -> None:
-    """Raises ValueError where a run trains what was frozen when the checkpoint was written: it has no
-    moments."""
+    """Raises ValueError where the checkpoint has no moments of what is trained: it was frozen when the
+    checkpoint was written, or the checkpoint is of `triptych experts`, which writes none."""
     missing = next((shard.name for shard in wanted if shard.name not in saved), None)
     if missing is not None:
         name = missing.removeprefix("optimizer/").rpartition("/")[0]
         raise ValueError(
-            f"checkpoint {directory} has no moments of {name}, which was frozen there (train.freeze) and is "
-            f"trained here; freeze it as well, or begin a new run with train.finetune.checkpoint={directory}"
+            f"checkpoint {directory} has no moments of {name}, which was not trained there (train.freeze, or "
+            "triptych experts) and is trained here; freeze it as well, or begin a new run with "
+            f"train.finetune.checkpoint={directory}"
         )
 
 

@@ -34,9 +34,6 @@ class TaskPictures:
         """A picture per task, by its name; nothing for packed rows. All ranks call it together."""
         (batch,) = prepare(self.objective, to_device([self.batch], self.model.device), step, training=False)
         outputs = self.model.predict(batch)
-        on_cpu = {
-            name: value.cpu() for name, value in batch["targets"].items() if isinstance(value, torch.Tensor)
-        }
-        return task_pictures(
-            self.config, batch["x"].cpu(), [output.float().cpu() for output in outputs], on_cpu, count=COUNT
-        )
+        (targets,) = to_device([batch["targets"]], torch.device("cpu"))
+        outputs = [output.float().cpu() for output in outputs]
+        return task_pictures(self.config, batch["x"].cpu(), outputs, targets, count=COUNT)

@@ -1,4 +1,5 @@
-"""The packaged language models with experts: shrunk they train, resume and evaluate through the command line."""
+"""The packaged language models with experts: shrunk they train, resume and evaluate through the command
+line."""
 
 from __future__ import annotations
 

@@ -19,6 +19,8 @@ from triptych.launcher.cli import execute
 from triptych.launcher.config import PACKAGED, load
 from triptych.models import VisionConfig
 from triptych.models.count import build_on_meta
+from triptych.tools.verify import verify
+from triptych.training.check import check
 from triptych.training.store import load_state
 
 FILES = sorted(path.stem for path in (PACKAGED / "vision").glob("*.yaml"))
@@ -115,3 +117,26 @@ def test_it_trains_resumes_and_evaluates(
         assert math.isfinite(found[f"{key}/loss"])
         for figure in FIGURES.get(task.kind, ()):
             assert 0 <= found[f"{key}/{figure}"] <= 1
+
+
+@pytest.mark.parametrize("tasks", ["classify", "all"])
+def test_a_backbone_of_timm_under_data_sharding(tasks: str, timm: Any) -> None:
+    """Losses, gradients and parameters of one process; tensor parallelism and pipelines are refused by name."""
+    more = {
+        "classify": [],
+        "all": [
+            "model.tasks.parts={kind: segment, num_classes: 3, hidden_size: 8}",
+            "data.sources=[{path: one, task: imagenet}, {path: two, task: parts}]",
+            "data.valid=null",
+        ],
+    }[tasks]
+    run = shrunk("timm", *more)
+    report = verify(run, ("dp_shard2", "dp_replicate2"), steps=3, tolerance=1e-9, synthetic=True, timeout=150)
+    assert report.ok, report.to_json()
+    assert len(set(report.losses)) == 3
+    for layout, words in {
+        "tp": "parallel.tp=2 does not serve timm: timm's layers declare no cut; use parallel.tp=1",
+        "pp": "parallel.pp=2 exceeds|does not serve|one piece",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            check(shrunk("timm", *more, f"parallel.{layout}=2"))

@@ -7,7 +7,7 @@ import torch
 
 from tests.models.common import on_ranks
 from tests.models.routing import ThreadBatch, build_router, row_context, some_padding, tokens
-from triptych.models.assignment import first_come, top_experts
+from triptych.models.assignment import best_tokens, coarse, first_come, top_experts
 from triptych.models.balancing import RoutingSums
 
 LOSSES = {"switch": 0.3, "importance": 0.2, "z": 0.1, "mutual_information": 0.4}
@@ -146,3 +146,29 @@ def test_experts_choose_their_best_tokens(training):
         weights = [float(w) for w, e in zip(routing.weights[n].detach(), routing.experts[n]) if e >= 0]
         assert weights == pytest.approx([float(p.flatten(0, 1)[n, e]) for e in found], rel=1e-12)
     assert (routing.weights[routing.experts < 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_tokens_are_served_in_order_whatever_the_rounding(dtype):
+    """The last bits of equal tokens' scores depend on the layout; who finds room must not."""
+    step = torch.finfo(dtype).eps
+    scores = torch.tensor([0.3, 0.7, 0.7, 0.7, 0.7, 0.1], dtype=dtype)
+    wiggles = [torch.tensor([0, a, b, c, d, 0], dtype=dtype) for a, b, c, d in ((0, 0, 0, 0), (-2, 1, 3, -1))]
+    chosen = torch.zeros(6, 1, dtype=torch.int64)
+    for wiggle in wiggles:
+        moved = scores + wiggle * step
+        kept = first_come(chosen, moved, torch.tensor(3))
+        assert kept.flatten().tolist() == [False, True, True, True, False, False]
+        taken = best_tokens(moved.view(1, 6, 1), torch.tensor([3]))
+        assert taken.flatten().tolist() == [False, True, True, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_coarse_scores_keep_half_their_digits(dtype):
+    eps = torch.finfo(dtype).eps ** 0.5
+    scores = torch.rand(1000, dtype=dtype) * 10.0 ** torch.arange(-5, 5).repeat(100)
+    scores = torch.cat([scores, -scores])
+    assert bool(((coarse(scores) - scores).abs() <= 2 * eps * scores.abs()).all())
+    assert len(coarse(scores * (1 + torch.linspace(0, 0.5, 2000, dtype=dtype))).unique()) > 1500
+    special = torch.tensor([-torch.inf, 0.0, 1.0, 0.5, torch.inf], dtype=dtype)
+    assert torch.equal(coarse(special), special)

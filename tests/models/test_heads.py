@@ -197,7 +197,8 @@ def test_what_a_head_cannot_be_made_of_is_named() -> None:
     with pytest.raises(
         ValueError, match=r"map of 4 pixels per cell, which does not divide patches of \[6, 6\]"
     ):
-        Heads(vision_config(("boxes",), input_size=[12, 12], patch_size=6))
+        task = {"shapes": {"kind": "segment", "num_classes": 2, "stride": 4}}
+        Heads(VisionConfig.model_validate({**named, "input_size": 12, "patch_size": 6, "tasks": task}))
     with pytest.raises(ValueError, match=r"model\.tasks\.captions\.kind=contrast needs text"):
         config = vision_config(("captions",))
         features, _, grid = features_of(config, 2)

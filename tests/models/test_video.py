@@ -13,7 +13,8 @@ ORDERS = ("axis:0", "axis:0+reverse", "axis:1", "axis:1+reverse", "axis:2", "axi
 
 
 def videos(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, 1, frames, H, W) bars that go round a noisy image one step per frame: to the right (0), or left (1)."""
+    """(B, 1, frames, H, W) bars that go round a noisy image one step per frame: to the right (0), or left
+    (1)."""
     generator = torch.Generator().manual_seed(seed)
     ways = torch.randint(2, (count,), generator=generator)
     starts = torch.randint(EDGE // 2, (count,), generator=generator)
