@@ -79,15 +79,15 @@ class Layout:
         tp = self.config.tp
         if tp == 1:
             return
+        for name, module in whole.named_modules():
+            if reason := getattr(module, "tp_refusal", None):
+                raise ValueError(f"parallel.tp={tp} does not serve {name}: {reason}; use parallel.tp=1")
         for stage in model.stage_configs:
             _check_mixers(tp, stage)
         if isinstance(model, LanguageConfig):
             _require_divides(tp, "model.vocab_size", model.vocab_size)
         if self.config.sequence_parallel:
             self._check_sequence(model, seq_len)
-        for name, module in whole.named_modules():
-            if reason := getattr(module, "tp_refusal", None):
-                raise ValueError(f"parallel.tp={tp} does not serve {name}: {reason}; use parallel.tp=1")
         _check_tables(whole, tp)
 
     def _check_sequence(self, model: ModelConfig, seq_len: int) -> None:

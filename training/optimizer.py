@@ -21,7 +21,7 @@ from triptych.training.shards import Shard, Window
 
 # Bounds the temporary of the update, which is as large as what is updated at once.
 _BUCKET_ELEMENTS = 2**26
-_EXEMPT_LEAVES = frozenset({"bias", "a_log", "d", "dt_bias"})
+_EXEMPT_LEAVES = frozenset({"a_log", "d"})
 # First parts of names of what stands behind the blocks, or has its place at many depths.
 _BEHIND = frozenset({"norm", "head", "heads", "last_conv", "shared_block"})
 
@@ -35,7 +35,9 @@ def decays(name: str, shape: tuple[int, ...]) -> bool:
     exempts only a_log, d and dt_bias.
     """
     path = name.split(".")
-    exempt = path[-1] in _EXEMPT_LEAVES or any("norm" in part or part == "embedding" for part in path)
+    # Biases of stacked experts have two dimensions, and are vectors all the same.
+    vector = path[-1] in _EXEMPT_LEAVES or path[-1].endswith("bias")
+    exempt = vector or any("norm" in part or part == "embedding" for part in path)
     return len(shape) >= 2 and not exempt
 
 

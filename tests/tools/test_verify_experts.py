@@ -1,5 +1,5 @@
-"""Experts over every layout that the issue names: a vision model of three tasks and a Jamba-like hybrid, whose
-losses, gradients and parameters are those of one process."""
+"""Experts over every layout that the issue names: a vision model of three tasks and a Jamba-like hybrid have
+the losses, gradients and parameters of one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`triptych data digits --task detect|segment`: several digits to an image, with boxes or masks that fit them."""
+"""`triptych data digits --task detect|segment`: several digits to an image, with boxes or masks to fit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def canvas(n: int, size: int = 32, seed: int = 0) -> Canvas:
 
 @pytest.mark.parametrize("size", [24, 32, 64])
 def test_boxes_masks_and_ink_belong_together(size: int) -> None:
-    """Held against the image: all that is bright is in a box and in the mask of its digit, and nothing else is."""
+    """Held against the image: all that is bright is in a box and in the mask of its digit."""
     counts = []
     for n in range(150):
         made = canvas(n, size)
