@@ -104,15 +104,7 @@ class ModelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _take_size(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or not isinstance(values.get("sizes"), dict):
-            return values
-        size, sizes = values.get("size"), values["sizes"]
-        rest = {key: value for key, value in values.items() if key not in ("size", "sizes")}
-        if size is None:
-            return rest
-        if not isinstance(sizes.get(size), dict):
-            raise ValueError(f"model.size={size!r} is not among model.sizes; use one of {', '.join(sizes)}")
-        return beneath(sizes[size], rest)
+        return take_size(values)
 
     @model_validator(mode="after")
     def _check_pattern(self) -> ModelConfig:
@@ -218,6 +210,22 @@ class LanguageConfig(ModelConfig):
         if self.scan is not None:
             raise ValueError("model.scan orders the tokens of images; remove it from a language model")
         return self
+
+
+def take_size(values: Any) -> Any:
+    """A model's values with those of `sizes[size]` beneath them, and without both keys.
+
+    Raises ValueError for a size that is not there.
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("sizes"), dict):
+        return values
+    size, sizes = values.get("size"), values["sizes"]
+    rest = {key: value for key, value in values.items() if key not in ("size", "sizes")}
+    if size is None:
+        return rest
+    if not isinstance(sizes.get(size), dict):
+        raise ValueError(f"model.size={size!r} is not among model.sizes; use one of {', '.join(sizes)}")
+    return beneath(sizes[size], rest)
 
 
 def require_divides(divisor_key: str, divisor: int, number_key: str, number: int) -> None:

@@ -66,9 +66,6 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> dict[str, Any]:
     if steps:
         between = [step.flops(config.length_at(int(layer), seq_len)) for layer, step in steps.items()]
         parts["downsamples"] = sum(between) / seq_len
-    for layer, part in getattr(model, "downsamples", {}).items():
-        now = part.flops(config.length_at(int(layer), seq_len)) / seq_len
-        parts["downsamples"] = parts.get("downsamples", 0.0) + now
     total = sum(flops.values()) / seq_len + sum(parts.values())
     per_block = {layer: value / seq_len for layer, value in flops.items()}
     return {"total": total, "parts": parts, "per_kind": per_kind, "per_block": per_block}

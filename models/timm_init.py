@@ -164,7 +164,7 @@ class _Recorder(TorchDispatchMode):
             start, base = tensor.storage_offset(), _HELD if before in (None, _UNSET) else before
             earlier = base.parts if isinstance(base, Pieces) else ()
             base = base.base if isinstance(base, Pieces) else base
-            parts = (*earlier, (start, start + tensor.numel(), law))
+            parts = (*earlier, (int(start), int(start) + tensor.numel(), law))
             law = Pieces(base, parts) if tensor.is_contiguous() and not isinstance(base, str) else _UNKNOWN
         self._laws[key] = law
         self._held.append(tensor.untyped_storage())
@@ -177,7 +177,8 @@ _HELD: Init = Constant(math.nan)
 
 def _drawn(packet: Any, args: Any) -> Law:
     """The law of normal_(mean, std) or uniform_(low, high)."""
-    first, second = (*args[1:], *(0.0, 1.0)[len(args) - 1 :])
+    given = list(args[1:])
+    first, second = given + [0.0, 1.0][len(given) :]
     if packet is aten.uniform_:
         return Uniform(first, second)
     return Normal(second) if first == 0 else _UNKNOWN

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from triptych.models.config import LayerSpec, ModelConfig, beneath, require_divides
+from triptych.models.config import LayerSpec, ModelConfig, beneath, require_divides, take_size
 from triptych.models.scan_order import line_ends, scan_order
 from triptych.models.sections import AttentionConfig, FFNConfig, ScanConfig, Section
 
@@ -107,14 +107,16 @@ class VisionConfig(ModelConfig):
     @classmethod
     def _fill_stages(cls, values: Any) -> Any:
         """hidden_size and num_layers as the stages say; timm has its own."""
-        values = cls._take_size(values)
+        values = take_size(values)
         if not isinstance(values, dict):
             return values
         if values.get("timm") is not None:
             return {"hidden_size": 1, "num_layers": 1, "position": "none", "class_token": True, **values}
         stages = values.get("stages") or ()
-        if stages and all(isinstance(stage, dict) and "depth" in stage for stage in stages):
-            values = {"num_layers": sum(int(stage["depth"]) for stage in stages), **values}
+        if stages and all(
+            isinstance(stage, dict) and isinstance(stage.get("depth"), int) for stage in stages
+        ):
+            values = {"num_layers": sum(stage["depth"] for stage in stages), **values}
             last = stages[-1].get("hidden_size")
             values = {"hidden_size": last, **values} if last is not None else values
         return values
@@ -123,6 +125,17 @@ class VisionConfig(ModelConfig):
     @classmethod
     def _one_edge(cls, value: object) -> object:
         return (value, value) if isinstance(value, int) else value
+
+    @field_validator("stages")
+    @classmethod
+    def _sized(cls, stages: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        for number, stage in enumerate(stages):
+            depth, size = stage.get("depth"), stage.get("hidden_size")
+            if not (isinstance(depth, int) and depth > 0 and isinstance(size, int) and size > 0):
+                raise ValueError(
+                    f"model.stages[{number}]={stage} needs depth and hidden_size, both at least 1; give both"
+                )
+        return stages
 
     @field_validator("ffn", mode="before")
     @classmethod
@@ -160,12 +173,6 @@ class VisionConfig(ModelConfig):
         return self
 
     def _check_stages(self) -> None:
-        for number, stage in enumerate(self.stages):
-            depth, size = stage.get("depth"), stage.get("hidden_size")
-            if not (isinstance(depth, int) and depth > 0 and isinstance(size, int) and size > 0):
-                raise ValueError(
-                    f"model.stages[{number}]={stage} needs depth and hidden_size, both at least 1; give both"
-                )
         total = sum(stage["depth"] for stage in self.stages)
         if total != self.num_layers:
             raise ValueError(
@@ -182,10 +189,11 @@ class VisionConfig(ModelConfig):
                 "model.class_token and model.registers have no place on the grid that model.stages halves; "
                 "use class_token: false and registers: 0"
             )
-        for stage in range(1, len(self.stages)):
-            if any(size % 2 for size in self.grid_of(stage - 1)):
+        for number in range(1, len(self.stages)):
+            before = self.grid_of(number - 1)
+            if any(size % 2 for size in before):
                 raise ValueError(
-                    f"model.stages[{stage}] halves the grid {list(self.grid_of(stage - 1))} of the stage "
+                    f"model.stages[{number}] halves the grid {list(before)} of the stage "
                     f"before it, which is odd; change model.input_size={list(self.input_size)} or drop stages"
                 )
         if self.stages and len(self.grid) != 2:
@@ -197,10 +205,10 @@ class VisionConfig(ModelConfig):
 
     def _check_grid(self) -> None:
         """What concerns the tokens of one stage."""
-        mixers = {spec.mixer for spec in self.layer_specs()}
+        mixers = {spec.mixer for spec in self.layer_specs() if spec.mixer}
         scanning = sorted(mixers.intersection(SCANNING))
         if self.wkv.shift == "quad" and any(spec.ffn == "channel_mix" for spec in self.layer_specs()):
-            scanning.append("channel_mix")
+            scanning = [*scanning, "channel_mix"]
         if scanning and self.num_prefix_tokens:
             raise ValueError(
                 f"model.class_token and model.registers have no place on the grid that {scanning[0]} goes "
@@ -223,9 +231,9 @@ class VisionConfig(ModelConfig):
             )
         heads = {"attention": self.head_dim, "attention_moe": self.attention_moe.head_dim}
         for mixer in mixers.intersection(heads) if self.rope_axes else ():
-            if self.attention.rope_theta is None or heads[str(mixer)] % (2 * axes):
+            if self.attention.rope_theta is None or heads[mixer] % (2 * axes):
                 raise ValueError(
-                    f"model.position=rope turns the {heads[str(mixer)]} channels of each head of {mixer} in "
+                    f"model.position=rope turns the {heads[mixer]} channels of each head of {mixer} in "
                     f"pairs for each of {axes} axes by model.attention.rope_theta="
                     f"{self.attention.rope_theta}; use a multiple of {2 * axes} and a rope_theta"
                 )
@@ -255,7 +263,7 @@ class VisionConfig(ModelConfig):
         return [spec for config, depth in zip(self.stage_configs, depths) for spec in config._repeated(depth)]
 
     @functools.cached_property
-    def stage_configs(self) -> tuple[VisionConfig, ...]:  # type: ignore[override]
+    def stage_configs(self) -> tuple[VisionConfig, ...]:
         """The configuration of each stage: its own sizes, this one's number of layers."""
         if self.timm is not None:
             sizes = [{"hidden_size": size, "stage": n} for n, size in enumerate(self._timm_shape.channels)]

@@ -49,6 +49,7 @@ def rounds(quick: bool) -> list[Round]:
                 (Case(moe, "layer", layer, target_speed=1.0, target_memory=1.0), moe, loop),
                 (Case(moe, "layer", layer, target_speed=4.0), moe, dense),
             ],
+            exact_memory=True,
         ),
         Round(
             [Runner(name, SIDES, side, retrieval, TINY_RETRIEVAL) for name, side in
@@ -57,6 +58,7 @@ def rounds(quick: bool) -> list[Round]:
                 (Case(keys, "retrieval", retrieval, target_speed=5.0), keys, scores),
                 (Case(keys, "retrieval", retrieval), keys, sums),
             ],
+            exact_memory=True,
         ),
     ]  # fmt: skip
 
@@ -81,4 +83,5 @@ def bench_moe(
         rounds(quick), repeats=1 if quick else repeats, threads=threads, oracle=ORACLE, progress=progress
     )
     title = "bench moe: mixture of experts"
-    return RoundReport(comparisons, besides, versions, threads, title, "Forward and backward", ORACLE)
+    what = "Forward and backward"
+    return RoundReport(comparisons, besides, versions, threads, title, what, ORACLE, exact_memory=True)

@@ -138,12 +138,15 @@ class MetricsWriter:
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without what is unknown; JSON has no NaN, so a value that is not finite becomes null."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in record.items()
-        if value is not None
-    }
+    """The record without what is unknown; JSON has no NaN, so a value that is not finite becomes null, also
+    within the dicts that it holds."""
+    return {key: _or_null(value) for key, value in record.items() if value is not None}
+
+
+def _or_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _or_null(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def scalars(report: StepReport) -> dict[str, float]:

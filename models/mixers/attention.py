@@ -73,7 +73,7 @@ class Attention(nn.Module):
         )
         if settings.head_dim is None:
             require_divides("model.attention.num_heads", heads, "model.hidden_size", config.hidden_size)
-        if settings.rope_theta is not None and config.head_dim % 2:
+        if config.rope_axes and settings.rope_theta is not None and config.head_dim % 2:
             raise ValueError(
                 f"model.attention.head_dim={config.head_dim} is odd, and rotary positions turn pairs of "
                 "channels; use an even head_dim, or model.attention.rope_theta=null"

@@ -121,7 +121,8 @@ def test_it_trains_resumes_and_evaluates(
 
 @pytest.mark.parametrize("tasks", ["classify", "all"])
 def test_a_backbone_of_timm_under_data_sharding(tasks: str, timm: Any) -> None:
-    """Losses, gradients and parameters of one process; tensor parallelism and pipelines are refused by name."""
+    """Losses, gradients and parameters of one process; tensor parallelism and pipelines are refused by
+    name."""
     more = {
         "classify": [],
         "all": [
@@ -140,3 +141,14 @@ def test_a_backbone_of_timm_under_data_sharding(tasks: str, timm: Any) -> None:
     }.items():
         with pytest.raises(ValueError, match=words):
             check(shrunk("timm", *more, f"parallel.{layout}=2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["attention", "mamba1", "mamba2", "ss2d", "mlstm", "wkv"])
+def test_every_mixer_of_the_metaformer_trains(mixer: str, data: dict[str, str], tmp_path: Path) -> None:
+    """The others of the skeleton that above has pooling."""
+    small = {"mamba2": ["model.mamba2.head_dim=8"], "mlstm": ["model.mlstm.num_heads=2"]}.get(mixer, [])
+    words = words_of("metaformer", data, f"model.size={mixer}", *small)
+    assert execute(["train", *words, "--run-dir", str(tmp_path), "--in-process"]) == 0
+    told = [report for report in reports(tmp_path) if "loss" in report]
+    assert len(told) == 4 and all(0 < report["grad_norm"] < math.inf for report in told)

@@ -1,4 +1,4 @@
-"""`triptych data` as it is typed: digits of each task, COCO's JSON and masks, with what is told on the way."""
+"""`triptych data` as it is typed: digits of each task, COCO's JSON, masks, and what is told of them."""
 
 from __future__ import annotations
 

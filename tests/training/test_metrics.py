@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,10 @@ def test_each_step_appears_once_after_a_restart(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_number_stays_json(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, start=0, tensorboard=False, config_text="")
-    writer.write(report(1, math.nan))
+    writer.write(replace(report(1, math.nan), metrics={"task/loss": math.inf, "other/loss": 2.0}))
     writer.close()
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert record["loss"] is None and record["metrics"] == {"task/loss": None, "other/loss": 2.0}
     truncate(tmp_path / "metrics.jsonl", 0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
