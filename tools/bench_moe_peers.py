@@ -23,8 +23,9 @@ class PlainMoE(nn.Module):
         super().__init__()
         self.top_k = top_k
         self.router = nn.Parameter(weights["router"].clone())
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            setattr(self, name, nn.ParameterList(matrix.clone() for matrix in weights[name]))
+        self.gate_proj = _each(weights["gate_proj"])
+        self.up_proj = _each(weights["up_proj"])
+        self.down_proj = _each(weights["down_proj"])
 
     def route(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (N, K), which sum to 1, and experts (N, K)."""
@@ -99,6 +100,11 @@ def best_of_sums(queries_NHD: Tensor, keys_H2nd: Tensor, top_k: int) -> tuple[Te
     )
     scores, experts = (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2).topk(top_k, -1)
     return scores.transpose(0, 1), experts.transpose(0, 1)
+
+
+def _each(weight: Tensor) -> nn.ParameterList:
+    """The matrices of a stack as parameters of their own."""
+    return nn.ParameterList(matrix.clone() for matrix in weight)
 
 
 def _grad(parameter: Tensor) -> Tensor:

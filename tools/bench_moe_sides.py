@@ -96,7 +96,7 @@ class Layer:
             leaf = x_NC.to(dtype, copy=True).requires_grad_()
             y_NC = self._run(one, leaf, dy_NC.to(dtype))
             gradients = _gradients(one) if isinstance(one, MoE) else one.gradients()
-            found.append(gradients | {"y": y_NC.detach(), "x": leaf.grad})
+            found.append(gradients | {"y": y_NC.detach(), "x": grad(leaf)})
         return largest(*found)
 
     def versions(self) -> dict[str, str]:

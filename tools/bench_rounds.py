@@ -99,8 +99,9 @@ class RoundReport:
         worst = max(one.difference for one in self.comparisons)
         note = Text(
             f"{self.what} in fp32 on the CPU, {self.threads} thread(s), median of {repeats} in turn after "
-            f"warm-up. Memory: peak of the resident bytes above the empty process{memory}. Results and gradients "
-            f"agree with {self.oracle} within {worst:.0e} of each tensor's largest element. {versions}."
+            f"warm-up. Memory: peak of the resident bytes above the empty process{memory}. Results and "
+            f"gradients agree with {self.oracle} within {worst:.0e} of each tensor's largest element. "
+            f"{versions}."
         )
         return Group(table_of(self.title, columns, rows), note)
 

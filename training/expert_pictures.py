@@ -84,8 +84,8 @@ def load_picture(rows: Mapping[str, torch.Tensor]) -> Pictures:
     image = Image.new("RGB", (width, (len(rows) + 2) * _LINE + gap * sum(firsts) + 2 * _MARGIN), _colour(0))
     draw = ImageDraw.Draw(image)
     for expert in range(0, widest, 2):
-        place = (left + expert * _CELL + _CELL // 2 - 1, _LINE // 2)
-        draw.text(place, str(expert), fill=_GREY, anchor="mm")
+        middle = (left + expert * _CELL + _CELL // 2 - 1, _LINE // 2)
+        draw.text(middle, str(expert), fill=_GREY, anchor="mm")
     top = _LINE + 2
     for (layer, _, task), first, shares in zip(labels, firsts, rows.values()):
         top += gap * first

@@ -1,8 +1,8 @@
 """Several digits on a canvas, with boxes or a mask: images for detection and segmentation from images of one
 digit.
 
-Image n is a function of the digits, the seed, the purpose and n. One to four digits, each between a quarter
-and three eighths of the canvas high (at least 8 pixels), stand where none covers another, on faint noise.
+Image n is a function of the digits, the seed, the purpose and n. One to four digits, each between three
+eighths and half of the canvas high (at least 8 pixels), stand where none covers another, on faint noise.
 
 S edge of the canvas, K digits on it
 """
@@ -62,7 +62,7 @@ def compose(
     boxes, found = [], []
     for k in range(1 + int(uniforms(canvas_key, "count", 1)[0] * _MOST_DIGITS)):
         which, scale, *places = uniforms(canvas_key, f"digit {k}", 2 + 2 * _TRIES)
-        edge = round(max(8.0, size * (0.25 + 0.125 * scale)))
+        edge = round(max(8.0, size * (0.375 + 0.125 * scale)))
         cell = _free_cell(np.reshape(places, (_TRIES, 2)), edge, size, cells)
         if cell is None:
             continue

@@ -3,7 +3,8 @@
 A rows sorted by expert, E experts, C channels, F inner channels. counts: int64 (E,).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,13 @@ from triptych.kernels.library import statistics_dtype
 Gradients = tuple[
     Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 ]  # of x, up, down, gate, up_bias, gate_bias, down_bias
+
+
+PIECE_BYTES = 1 << 24
+"""On the CPU, what is kept for backward lies in pieces of at most so many bytes. The C library takes blocks
+from 32 MiB on from the system each time, which fills them with zeros page by page: 3 to 6 % of a step.
+Pieces also bound what lies between the products where one expert gets all rows. Half precision is not cut,
+since gradients would be added up in it."""
 
 
 def activate(up: Tensor, gate: Tensor | None) -> Tensor:
@@ -47,6 +55,42 @@ def activate_backward(dh: Tensor, up: Tensor, gate: Tensor | None) -> tuple[Tens
     return h.to(dtype), dup.to(dtype), dgate.to(dtype)
 
 
+def pieces(x: Tensor, inner: int, number: int) -> list[Tensor]:
+    """Space for `number` tensors (A, F), each cut into runs of rows: first those of the first."""
+    size = x.shape[0]
+    if x.device.type == "cpu" and x.dtype == statistics_dtype(x):
+        size = max(1, PIECE_BYTES // max(1, inner * x.element_size()))
+    sizes = [min(size, x.shape[0] - start) for start in range(0, x.shape[0], max(1, size))] or [0]
+    return [x.new_empty(rows, inner) for _ in range(number) for rows in sizes]
+
+
+class Block(NamedTuple):
+    """Rows start .. end of an expert, `first` if its first ones, that lie in a piece from `offset` on."""
+
+    expert: int
+    first: bool
+    start: int
+    end: int
+    piece: int
+    offset: int
+
+    def of(self, run: list[Tensor]) -> Tensor:
+        """These rows of a tensor in pieces."""
+        return run[self.piece][self.offset : self.offset + self.end - self.start]
+
+
+def blocks(counts: Tensor, run: list[Tensor]) -> Iterator[Block]:
+    """All rows of a tensor in pieces; experts without rows have no block."""
+    bounds = row_bounds(counts, sum(piece.shape[0] for piece in run))
+    size = max(1, run[0].shape[0])
+    for expert, (first, last) in enumerate(bounds):
+        start = first
+        while start < last:
+            end = min(last, (start // size + 1) * size)
+            yield Block(expert, start == first, start, end, start // size, start % size)
+            start = end
+
+
 def forward(
     x: Tensor,
     up: Tensor,
@@ -56,27 +100,47 @@ def forward(
     up_bias: Tensor | None,
     gate_bias: Tensor | None,
     down_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (A, C), and before the activation up (A, F) and gate (A, F), the latter empty where there is none."""
+) -> tuple[Tensor, list[Tensor]]:
+    """y (A, C), and what goes into the activation: up (A, F) in pieces, then gate, if there is one."""
     if x.is_cuda:
         return _forward_at_once(x, up, down, counts, gate, up_bias, gate_bias, down_bias)
     y = x.new_empty(x.shape[0], down.shape[1])
-    inner_up = x.new_empty(x.shape[0], up.shape[1])
-    inner_gate = x.new_empty(0) if gate is None else torch.empty_like(inner_up)
-    for e, (start, end) in enumerate(row_bounds(counts, x.shape[0])):
-        if start == end:
-            continue
-        rows = x[start:end]
-        up_e = _linear(rows, up[e], up_bias, e, inner_up[start:end])
-        gate_e = None if gate is None else _linear(rows, gate[e], gate_bias, e, inner_gate[start:end])
-        _linear(activate(up_e, gate_e), down[e], down_bias, e, y[start:end])
-    return y, inner_up, inner_gate
+    inner = pieces(x, up.shape[1], 1 if gate is None else 2)
+    inner_up, inner_gate = _halves(inner, gate)
+    for block in blocks(counts, inner_up):
+        e, rows = block.expert, x[block.start : block.end]
+        up_e = _linear(rows, up[e], up_bias, e, block.of(inner_up))
+        gate_e = None if gate is None else _linear(rows, gate[e], gate_bias, e, block.of(inner_gate))
+        _linear(activate(up_e, gate_e), down[e], down_bias, e, y[block.start : block.end])
+    return y, inner
+
+
+def _halves(inner: Sequence[Tensor], gate: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    """up and gate, each in pieces; nothing where there is no gate."""
+    number = len(inner) if gate is None else len(inner) // 2
+    return list(inner[:number]), list(inner[number:])
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int, out: Tensor) -> Tensor:
     if bias is None:
         return torch.mm(x, weight.T, out=out)
     return torch.addmm(bias[expert], x, weight.T, out=out)
+
+
+def _set_or_add(gradient: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    if first:
+        torch.mm(a, b, out=gradient)
+    else:
+        gradient.addmm_(a, b)
+
+
+def _empty_gradient(weight: Tensor, counts: Tensor) -> Tensor:
+    """Like weight (E, ...), to be written where an expert has rows, zero where it has none."""
+    gradient = weight.new_empty(weight.shape)
+    for expert, count in enumerate(counts.tolist()):
+        if count == 0:
+            gradient[expert] = 0
+    return gradient
 
 
 def backward(
@@ -86,37 +150,34 @@ def backward(
     down: Tensor,
     counts: Tensor,
     gate: Tensor | None,
-    inner_up: Tensor,
-    inner_gate: Tensor,
+    inner: Sequence[Tensor],
     with_bias: Sequence[bool],
 ) -> Gradients:
     """Gradients of all inputs. with_bias: which of up_bias, gate_bias and down_bias there are."""
     if x.is_cuda:
-        return _backward_at_once(dy, x, up, down, counts, gate, inner_up, inner_gate, with_bias)
-    dx, dup, ddown = (y.new_empty(y.shape) for y in (x, up, down))
-    dgate = None if gate is None else gate.new_empty(gate.shape)
+        return _backward_at_once(dy, x, up, down, counts, gate, inner, with_bias)
+    dx = x.new_empty(x.shape)
+    dup, ddown = _empty_gradient(up, counts), _empty_gradient(down, counts)
+    dgate = None if gate is None else _empty_gradient(gate, counts)
     dbiases = [
         weight.new_zeros(weight.shape[:2]) if wanted else None
         for weight, wanted in zip((up, up, down), with_bias, strict=True)
     ]
-    for e, (start, end) in enumerate(row_bounds(counts, x.shape[0])):
-        if start == end:
-            for gradient in (dup, ddown, dgate):
-                if gradient is not None:
-                    gradient[e] = 0
-            continue
-        rows, dy_e, dx_e = x[start:end], dy[start:end], dx[start:end]
-        gate_e = None if gate is None else inner_gate[start:end]
-        h, dup_e, dgate_e = activate_backward(dy_e @ down[e], inner_up[start:end], gate_e)
-        torch.mm(dy_e.T, h, out=ddown[e])
-        torch.mm(dup_e.T, rows, out=dup[e])
+    inner_up, inner_gate = _halves(inner, gate)
+    for block in blocks(counts, inner_up):
+        e, first = block.expert, block.first
+        rows, dy_e, dx_e = (y[block.start : block.end] for y in (x, dy, dx))
+        gate_e = None if gate is None else block.of(inner_gate)
+        h, dup_e, dgate_e = activate_backward(dy_e @ down[e], block.of(inner_up), gate_e)
+        _set_or_add(ddown[e], dy_e.T, h, first)
+        _set_or_add(dup[e], dup_e.T, rows, first)
         torch.mm(dup_e, up[e], out=dx_e)
         if gate is not None and dgate is not None and dgate_e is not None:
-            torch.mm(dgate_e.T, rows, out=dgate[e])
+            _set_or_add(dgate[e], dgate_e.T, rows, first)
             dx_e.addmm_(dgate_e, gate[e])
         for dbias, rows_e in zip(dbiases, (dup_e, dgate_e, dy_e), strict=True):
             if dbias is not None and rows_e is not None:
-                dbias[e] = rows_e.sum(0, dtype=statistics_dtype(rows_e))
+                dbias[e] += rows_e.sum(0, dtype=statistics_dtype(rows_e))
     return dx, dup, ddown, dgate, dbiases[0], dbiases[1], dbiases[2]
 
 
@@ -129,7 +190,7 @@ def _forward_at_once(
     up_bias: Tensor | None,
     gate_bias: Tensor | None,
     down_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
     x = x.contiguous()
 
     def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -139,7 +200,7 @@ def _forward_at_once(
     inner_up = linear(x, up, up_bias)
     inner_gate = None if gate is None else linear(x, gate, gate_bias)
     y = linear(activate(inner_up, inner_gate), down, down_bias)
-    return y, inner_up, x.new_empty(0) if inner_gate is None else inner_gate
+    return y, [inner_up] if inner_gate is None else [inner_up, inner_gate]
 
 
 def _backward_at_once(
@@ -149,13 +210,13 @@ def _backward_at_once(
     down: Tensor,
     counts: Tensor,
     gate: Tensor | None,
-    inner_up: Tensor,
-    inner_gate: Tensor,
+    inner: Sequence[Tensor],
     with_bias: Sequence[bool],
 ) -> Gradients:
     dy, x = dy.contiguous(), x.contiguous()
+    inner_up, inner_gate = inner[0], None if gate is None else inner[1]
     h, dinner_up, dinner_gate = activate_backward(
-        backward_rows(dy, down.contiguous(), counts), inner_up, None if gate is None else inner_gate
+        backward_rows(dy, down.contiguous(), counts), inner_up, inner_gate
     )
     ddown = weight_gradient(dy, h, counts)
     del h

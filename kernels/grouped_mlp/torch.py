@@ -24,8 +24,8 @@ def grouped_mlp_op(
     up_bias: Tensor | None,
     gate_bias: Tensor | None,
     down_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (A, C) and what goes into the activation: up (A, F), gate (A, F), empty where there is none."""
+) -> tuple[Tensor, list[Tensor]]:
+    """y (A, C) and what goes into the activation: up (A, F) in pieces of rows, then gate, if there is one."""
     return experts.forward(x, up, down, counts, gate, up_bias, gate_bias, down_bias)
 
 
@@ -39,9 +39,8 @@ def _(
     up_bias: Tensor | None,
     gate_bias: Tensor | None,
     down_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inner = x.new_empty(x.shape[0], up.shape[1])
-    return x.new_empty(x.shape), inner, x.new_empty(0) if gate is None else inner.new_empty(inner.shape)
+) -> tuple[Tensor, list[Tensor]]:
+    return x.new_empty(x.shape), experts.pieces(x, up.shape[1], 1 if gate is None else 2)
 
 
 @define("grouped_mlp_backward")
@@ -52,12 +51,11 @@ def grouped_mlp_backward_op(
     down: Tensor,
     counts: Tensor,
     gate: Tensor | None,
-    inner_up: Tensor,
-    inner_gate: Tensor,
+    inner: Sequence[Tensor],
     with_bias: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, up, down, gate, up_bias, gate_bias, down_bias; empty where there is no such input."""
-    found = experts.backward(dy, x, up, down, counts, gate, inner_up, inner_gate, with_bias)
+    found = experts.backward(dy, x, up, down, counts, gate, inner, with_bias)
     dx, dup, ddown, *rest = found
     dgate, dup_bias, dgate_bias, ddown_bias = (x.new_empty(0) if y is None else y for y in rest)
     return dx, dup, ddown, dgate, dup_bias, dgate_bias, ddown_bias
@@ -71,8 +69,7 @@ def _(
     down: Tensor,
     counts: Tensor,
     gate: Tensor | None,
-    inner_up: Tensor,
-    inner_gate: Tensor,
+    inner: Sequence[Tensor],
     with_bias: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx, dup, ddown = (y.new_empty(y.shape) for y in (x, up, down))
@@ -82,20 +79,19 @@ def _(
     return dx, dup, ddown, dgate, biases[0], biases[1], biases[2]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
     x, up, down, counts, gate, *biases = inputs
     ctx.with_bias = [bias is not None for bias in biases]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, up, down, counts, gate, output[1], output[2])
+    ctx.save_for_backward(x, up, down, counts, gate, *output[1])
 
 
-def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None, __: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 8
     # Taken once: recomputation lets nobody unpack them again.
-    saved = ctx.saved_tensors
-    gate = saved[4]
-    found = grouped_mlp_backward_op(dy, *saved, ctx.with_bias)
+    x, up, down, counts, gate, *inner = ctx.saved_tensors
+    found = grouped_mlp_backward_op(dy, x, up, down, counts, gate, inner, ctx.with_bias)
     dx, dup, ddown, dgate, *dbiases = found
     biases = [dbias if given else None for dbias, given in zip(dbiases, ctx.with_bias, strict=True)]
     return dx, dup, ddown, None, None if gate is None else dgate, *biases
@@ -132,4 +128,4 @@ def grouped_mlp(
     inputs = [x, up, down, gate, up_bias, gate_bias, down_bias]
     if (dtype := autocast_dtype(x)) is not None:
         inputs = [None if y is None else y.to(dtype) for y in inputs]
-    return grouped_mlp_op(*inputs[:3], counts, *inputs[3:])[0]  # type: ignore[arg-type]
+    return grouped_mlp_op(*inputs[:3], counts, *inputs[3:])[0]

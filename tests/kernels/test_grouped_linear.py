@@ -124,16 +124,34 @@ def test_all_experts_at_once_is_the_loop(activation: str) -> None:
         gate_bias,
         one["down_bias"],
     )
-    y, inner_up, inner_gate = experts.forward(*forward)
-    at_once = experts._forward_at_once(*forward)
-    for found, expected in zip(at_once, (y, inner_up, inner_gate)):
+    y, inner = experts.forward(*forward)
+    found_y, found_inner = experts._forward_at_once(*forward)
+    for found, expected in zip((found_y, *found_inner), (y, *inner), strict=True):
         torch.testing.assert_close(found, expected)
-    backward = (torch.randn_like(y), *forward[:5], inner_up, inner_gate, [True, gate is not None, True])
+    backward = (torch.randn_like(y), *forward[:5], inner, [True, gate is not None, True])
     for found, expected in zip(experts._backward_at_once(*backward), experts.backward(*backward)):
         if expected is None:
             assert found is None
         else:
             torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("rows", [1, 2, 5, 15])
+def test_pieces_are_the_whole(
+    monkeypatch: pytest.MonkeyPatch, agree: Callable[..., None], activation: str, rows: int
+) -> None:
+    """What is kept for backward, cut anywhere: within experts, between them, not at all."""
+    from triptych.kernels.grouped_mlp import experts
+
+    monkeypatch.setattr(experts, "PIECE_BYTES", rows * 16 * 8)
+    inputs = mlp_inputs([0, 5, 0, 9, 1, 0], activation, torch.float64, bias=True)
+    kept = experts.forward(
+        inputs["x"], inputs["up"], inputs["down"], inputs["counts"], None, None, None, None
+    )[1]
+    assert [piece.shape[0] for piece in kept] == [rows] * (15 // rows) + [15 % rows] * (15 % rows > 0)
+    plain = partial(grouped_mlp, activation=activation, form="reference")
+    agree(partial(grouped_mlp, activation=activation), plain, inputs)
 
 
 @pytest.mark.parametrize("counts", [*COUNTS, [0, 0]])

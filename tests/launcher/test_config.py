@@ -89,7 +89,7 @@ def test_a_run_directory_is_a_configuration(file: Path, tmp_path: Path) -> None:
         (["train.micro_batch_size=3"], ["train.micro_batch_size=3 does not divide", "use one of 1, 2"]),
         (["parallel.cp=2"], ["parallel.cp=2 is reserved"]),
         (["name=a/b"], ["name='a/b'"]),
-        (["model.family=vision"], ["model.family='vision': use one of 'lm', 'diffusion'"]),
+        (["model.family=speech"], ["model.family='speech': use one of 'lm', 'diffusion', 'vision'"]),
         (["data.kind=videos"], ["data.kind='videos': use one of 'text', 'images'"]),
         (
             ["model.patch_size=2"],

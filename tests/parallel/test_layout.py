@@ -94,10 +94,35 @@ def test_unused_mixers_do_not_restrict() -> None:
     check({"tp": 3}, seq_len=18, pattern="-", hidden_size=18, ffn={"intermediate_size": 24})
 
 
-@pytest.mark.parametrize("axis", ["cp", "ep"])
-def test_reserved_axes_are_refused_by_name(axis: str) -> None:
-    with pytest.raises(ValidationError, match=rf"parallel\.{axis}=2 is reserved: .*; use 1"):
-        ParallelConfig(**{axis: 2})
+def test_a_reserved_axis_is_refused_by_name() -> None:
+    with pytest.raises(ValidationError, match=r"parallel\.cp=2 is reserved: .*; use 1"):
+        ParallelConfig(cp=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "remaining"),
+    [
+        ({"dp_shard": 4, "ep": 2}, (1, 2)),
+        ({"dp_shard": 4, "ep": 4}, (1, 1)),
+        ({"dp_replicate": 2, "ep": 2}, (1, 1)),
+        ({"dp_replicate": 2, "dp_shard": 2, "ep": 4}, (1, 1)),
+        ({"dp_replicate": 2, "dp_shard": 4, "ep": 2, "tp": 2}, (2, 2)),
+    ],
+)
+def test_experts_are_folded_over_data_ranks(values: dict[str, Any], remaining: tuple[int, int]) -> None:
+    config = ParallelConfig(**values)
+    assert (config.expert_replicate, config.expert_shard) == remaining
+    assert config.expert_replicate * config.expert_shard * config.ep == config.dp
+
+
+@pytest.mark.parametrize(
+    "values", [{"ep": 2}, {"dp_shard": 4, "ep": 3}, {"dp_shard": 2, "dp_replicate": 3, "ep": 4}]
+)
+def test_experts_that_do_not_divide_the_data_ranks_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValidationError, match=r"parallel\.ep=\d is folded over the \d data ranks .*; use one of 1"
+    ):
+        ParallelConfig(**values)
 
 
 @pytest.mark.parametrize("values", [{"tp": 0}, {"recompute": "some"}, {"tensor": 2}])

@@ -41,8 +41,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def starved(data: Path, parallel: dict[str, Any], weight_decay: float = 0.0, **moe: Any) -> RunConfig:
-    """All tokens to the first expert, in attention to the first two: gates are zero and stay so, and the first
-    of equals are chosen."""
+    """All tokens to the first expert, in attention to the first two: gates are zero and frozen, and of equals
+    the first are chosen."""
     return expert_run(
         data,
         model={
@@ -190,10 +190,12 @@ def test_a_task_that_is_missing_for_many_steps(
     if weighting == "uncertainty":
         rows["heads.log_variance"] = number
     for name, before in alone["before"].items():
-        kept = before[rows[name]] if name in rows else before
-        after = alone["after"][name][rows[name]] if name in rows else alone["after"][name]
-        unmoved = name in rows or name.startswith("heads.boxes.") or name.endswith("k_proj.bias")
-        assert bool((kept == after).all()) == unmoved or name.endswith("k_proj.bias"), name
+        # Of keys' biases a softmax knows nothing; what moves them is rounding.
+        if name.endswith("k_proj.bias"):
+            continue
+        row = rows.get(name, slice(None))
+        still = bool((before[row] == alone["after"][name][row]).all())
+        assert still == (name in rows or name.startswith("heads.boxes.")), name
     assert_same(run_on(distributed, run(**EP2), tmp_path / "ep2"), alone)
 
 

@@ -51,10 +51,11 @@ def test_boxes_masks_and_ink_belong_together(size: int) -> None:
                 assert (changes <= 2).all()
         assert covered.max() <= 1, "digits do not cover each other"
         assert not made.mask[covered == 0].any() and made.image[covered == 0].max() < 64
-    assert set(counts) <= {1, 2, 3, 4} and min(counts.count(k) for k in range(1, 5)) > 20
+    # A fourth often finds no place.
+    assert set(counts) == {1, 2, 3, 4} and min(counts.count(k) for k in range(1, 4)) > 20
 
 
-def test_digits_are_a_quarter_to_three_eighths_high() -> None:
+def test_digits_are_three_eighths_to_half_of_the_canvas_high() -> None:
     """Found again among the digits, enlarged: each is one of them in one of the sizes."""
     edges = []
     for n in range(20):
@@ -62,13 +63,13 @@ def test_digits_are_a_quarter_to_three_eighths_high() -> None:
         for (x0, y0, x1, y1), label in zip(made.boxes, made.labels):
             found = [
                 edge
-                for edge in range(8, 13)
+                for edge in range(12, 17)
                 for digit in SHADES[label == LABELS]
                 if _shows(made.image, resized(digit, edge), (x0, y0, x1, y1))
             ]
             assert found, "the box holds no digit of that label"
             edges.append(found[0])
-    assert set(edges) == {8, 9, 10, 11, 12}
+    assert set(edges) == {12, 13, 14, 15, 16}
 
 
 def _shows(image: np.ndarray, digit: np.ndarray, box: Any) -> bool:
