@@ -119,7 +119,10 @@ def verify(
     words: Words,
     layouts: Annotated[
         list[str] | None,
-        typer.Option(help="Layouts such as tp2, tp2.pp2 (or tp2,pp2) and dp_shard2+selective. Default: ten, and six more with experts."),
+        typer.Option(
+            help="Layouts such as tp2, tp2.pp2 (or tp2,pp2) and dp_shard2+selective. "
+            "Default: ten, and six more with experts."
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps after which parameters are compared.")] = 3,
     tolerance: Annotated[float, typer.Option(help="Largest relative difference allowed.")] = 1e-9,

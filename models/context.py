@@ -33,8 +33,8 @@ class Context:
     image, of which a row holds G. images: int64 (B, T), which of the G a token belongs to; None: G is 1.
     shared_modulation: (B, G, 6 C), what low-rank modulations have in common.
 
-    Of routers alone: tasks: int64 (B,), the task of each row; None: there is one. padding: bool (B, T), tokens
-    that stand for nothing and go to no expert; None: none do. routing: what routers decided in this pass, by
+    Of routers alone: tasks: int64 (B,), the task of each row; None: there is one. padding: bool (B, T),
+    tokens that stand for nothing and go to no expert; None: none do. routing: what routers decided in this pass, by
     their names, so that recomputation repeats it.
     """
 

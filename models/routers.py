@@ -93,7 +93,7 @@ class Router(nn.Module):
         self.weight_init = ZEROS if settings.per_task else config.linear_init(*shape)
         self.expert_bias: nn.Parameter | None = None
         if settings.router == "sigmoid":
-            self.expert_bias = unset(num_experts, dtype=dtype).requires_grad_(False)
+            self.expert_bias = nn.Parameter(unset(num_experts, dtype=dtype), requires_grad=False)
         self.batch = GlobalBatch()
         self.shards = Shards()
         self.ahead: torch.Tensor | None = None

@@ -102,7 +102,8 @@ def apply_expert_parallel(model: nn.Module, ep: Axis, tp: Axis, mesh: DeviceMesh
             if tp.size == 1:
                 uses = {name: Use(None, (Shard(0),)) for name in uses}
             module.forward = with_local_parameters(module, uses)
-        module.exchange = EpExchange(ep)
+        held: Any = module
+        held.exchange = EpExchange(ep)
 
 
 def _cut(parameter: nn.Parameter, use: Use, ep: Axis, tp: Axis, mesh: DeviceMesh | None) -> nn.Parameter:

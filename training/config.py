@@ -111,7 +111,8 @@ class TrainConfig(BaseModel):
     eval_every: int = Field(default=0, ge=0)
     """Steps between two validations, which also happen after the last step; 0 never validates."""
     eval_samples: int = Field(default=64, ge=1)
-    """Samples of the fixed validation set, the first ones of the validation order; of each source for vision."""
+    """Samples of the fixed validation set, the first ones of the validation order; of each source for
+    vision."""
 
     @model_validator(mode="after")
     def _check_together(self) -> TrainConfig:

@@ -5,6 +5,8 @@ Shape legend: B batch, T length, N = B T tokens, C hidden size, E experts, K exp
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -149,7 +151,8 @@ def _dense(config: ModelConfig, layer: int, size: int) -> SwiGLU | GELU:
     """A feed-forward of an expert's kind, within the region of the mixture."""
     expert = config.moe.expert
     ffn = FFNConfig(kind=expert.kind, intermediate_size=size, bias=expert.bias)
-    dense = DENSE[expert.kind](config.model_copy(update={"ffn": ffn}), layer)
+    kind: Any = DENSE[expert.kind]
+    dense = kind(config.model_copy(update={"ffn": ffn}), layer)
     dense.tp_region = False
     return dense
 

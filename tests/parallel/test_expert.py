@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from tests.parallel import training
 from triptych.parallel.config import ParallelConfig

@@ -41,8 +41,8 @@ class Objective(Protocol):
         """
 
     def count(self, targets: Any) -> Tensor:
-        """How many terms the loss of `targets` sums; needs no outputs. A scalar, or one per task: the parts of
-        the loss are divided by theirs and added up."""
+        """How many terms the loss of `targets` sums; needs no outputs. A scalar, or one per task: the parts
+        of the loss are divided by theirs and added up."""
 
     def loss(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum of the loss over the micro-batch and its count, shaped alike, and sums of metrics, scalars."""

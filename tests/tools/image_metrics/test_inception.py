@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from triptych.models.torchvision_shim import prepare_torchvision
 from triptych.tools.image_metrics.inception import Inception, resize_like_tensorflow
 from triptych.tools.image_metrics.inception_network import InceptionNetwork
-from triptych.models.torchvision_shim import prepare_torchvision
 
 
 def random_network(classes: int, *, tensorflow: bool = False) -> InceptionNetwork:
