@@ -34,8 +34,8 @@ class Context:
     shared_modulation: (B, G, 6 C), what low-rank modulations have in common.
 
     Of routers alone: tasks: int64 (B,), the task of each row; None: there is one. padding: bool (B, T),
-    tokens that stand for nothing and go to no expert; None: none do. routing: what routers decided in this pass, by
-    their names, so that recomputation repeats it.
+    tokens that stand for nothing and go to no expert; None: none do. routing: what routers decided in this
+    pass, by their names, so that recomputation repeats it.
     """
 
     cu_seqlens: torch.Tensor | None = None

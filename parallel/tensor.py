@@ -100,8 +100,8 @@ class Use:
     """How a module uses its part of a parameter.
 
     dim: the dimension cut over the axis, None for a whole tensor. gradients: placements of the local
-    gradient, one per axis that the parameter is placed on. rows: of a whole tensor, the (start, length) of dim 0 that
-    this rank uses. factor: of what is used.
+    gradient, one per axis that the parameter is placed on. rows: of a whole tensor, the (start, length) of
+    dim 0 that this rank uses. factor: of what is used.
     """
 
     dim: int | None
