@@ -20,6 +20,7 @@ from triptych.kernels.grouped_linear.products import (
 )
 from triptych.kernels.library import statistics_dtype
 
+aten = torch.ops.aten
 Gradients = tuple[
     Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 ]  # of x, up, down, gate, up_bias, gate_bias, down_bias
@@ -32,35 +33,67 @@ Pieces also bound what lies between the products where one expert gets all rows.
 since gradients would be added up in it."""
 
 
-def activate(up: Tensor, gate: Tensor | None) -> Tensor:
-    """silu(gate) * up, or gelu(up), computed in fp32 at least, in up's dtype; up (A, F)."""
+Space = list[Tensor] | None
+"""Tensors to write results into, or None: into new ones."""
+
+
+def activate(up: Tensor, gate: Tensor | None, space: Space = None) -> Tensor:
+    """silu(gate) * up, or gelu(up), computed in fp32 at least, in up's dtype; up (A, F).
+
+    space: one tensor like up, of fp32 or fp64.
+    """
+    if space is not None:
+        (out,) = space
+        if gate is None:
+            return aten.gelu.out(up, approximate="tanh", out=out)
+        return aten.silu.out(gate, out=out).mul_(up)
     wide = statistics_dtype(up)
     if gate is None:
         return F.gelu(up.to(wide), approximate="tanh").to(up.dtype)
     return F.silu(gate.to(wide)).mul_(up).to(up.dtype)
 
 
-def activate_backward(dh: Tensor, up: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The activation once more, and the gradients of up and gate; dh may be overwritten."""
+def activate_backward(
+    dh: Tensor, up: Tensor, gate: Tensor | None, space: Space = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The activation once more, and the gradients of up and gate; dh may be overwritten.
+
+    space: three tensors like up, of fp32 or fp64.
+    """
     wide = statistics_dtype(up)
     dtype, up, dh = up.dtype, up.to(wide), dh.to(wide)
+    h, first, second = [torch.empty_like(up) for _ in range(3)] if space is None else space
     if gate is None:
-        h = F.gelu(up, approximate="tanh")
-        return h.to(dtype), torch.ops.aten.gelu_backward(dh, up, approximate="tanh").to(dtype), None
+        aten.gelu.out(up, approximate="tanh", out=h)
+        aten.gelu_backward.grad_input(dh, up, approximate="tanh", grad_input=first)
+        return h.to(dtype), first.to(dtype), None
     gate = gate.to(wide)
-    silu = F.silu(gate)
-    h = silu * up
+    silu = aten.silu.out(gate, out=first)
+    torch.mul(silu, up, out=h)
     dup = silu.mul_(dh)
-    dgate = torch.ops.aten.silu_backward(dh.mul_(up), gate)
-    return h.to(dtype), dup.to(dtype), dgate.to(dtype)
+    aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=second)
+    return h.to(dtype), dup.to(dtype), second.to(dtype)
+
+
+def workspace(like: Tensor, counts: Tensor, inner: int, number: int) -> list[Tensor] | None:
+    """`number` tensors (M, F) for the rows of any block, so that these do not ask for memory each; None in
+    half precision, where what lies between is of fp32."""
+    if like.dtype != statistics_dtype(like):
+        return None
+    rows = min(int(counts.max()), _piece_rows(like, inner)) if counts.numel() else 0
+    return [like.new_empty(rows, inner) for _ in range(number)]
+
+
+def _piece_rows(x: Tensor, inner: int) -> int:
+    if x.device.type == "cpu" and x.dtype == statistics_dtype(x):
+        return max(1, PIECE_BYTES // max(1, inner * x.element_size()))
+    return max(1, x.shape[0])
 
 
 def pieces(x: Tensor, inner: int, number: int) -> list[Tensor]:
     """Space for `number` tensors (A, F), each cut into runs of rows: first those of the first."""
-    size = x.shape[0]
-    if x.device.type == "cpu" and x.dtype == statistics_dtype(x):
-        size = max(1, PIECE_BYTES // max(1, inner * x.element_size()))
-    sizes = [min(size, x.shape[0] - start) for start in range(0, x.shape[0], max(1, size))] or [0]
+    size = _piece_rows(x, inner)
+    sizes = [min(size, x.shape[0] - start) for start in range(0, x.shape[0], size)] or [0]
     return [x.new_empty(rows, inner) for _ in range(number) for rows in sizes]
 
 
@@ -77,6 +110,10 @@ class Block(NamedTuple):
     def of(self, run: list[Tensor]) -> Tensor:
         """These rows of a tensor in pieces."""
         return run[self.piece][self.offset : self.offset + self.end - self.start]
+
+    def within(self, space: Space) -> Space:
+        """As many rows of each tensor of the workspace."""
+        return None if space is None else [one[: self.end - self.start] for one in space]
 
 
 def blocks(counts: Tensor, run: list[Tensor]) -> Iterator[Block]:
@@ -107,11 +144,13 @@ def forward(
     y = x.new_empty(x.shape[0], down.shape[1])
     inner = pieces(x, up.shape[1], 1 if gate is None else 2)
     inner_up, inner_gate = _halves(inner, gate)
+    space = workspace(x, counts, up.shape[1], 1)
     for block in blocks(counts, inner_up):
         e, rows = block.expert, x[block.start : block.end]
         up_e = _linear(rows, up[e], up_bias, e, block.of(inner_up))
         gate_e = None if gate is None else _linear(rows, gate[e], gate_bias, e, block.of(inner_gate))
-        _linear(activate(up_e, gate_e), down[e], down_bias, e, y[block.start : block.end])
+        h = activate(up_e, gate_e, block.within(space))
+        _linear(h, down[e], down_bias, e, y[block.start : block.end])
     return y, inner
 
 
@@ -164,11 +203,14 @@ def backward(
         for weight, wanted in zip((up, up, down), with_bias, strict=True)
     ]
     inner_up, inner_gate = _halves(inner, gate)
+    space = workspace(x, counts, up.shape[1], 4)
     for block in blocks(counts, inner_up):
         e, first = block.expert, block.first
         rows, dy_e, dx_e = (y[block.start : block.end] for y in (x, dy, dx))
         gate_e = None if gate is None else block.of(inner_gate)
-        h, dup_e, dgate_e = activate_backward(dy_e @ down[e], block.of(inner_up), gate_e)
+        within = block.within(space)
+        dh = dy_e @ down[e] if within is None else torch.mm(dy_e, down[e], out=within.pop())
+        h, dup_e, dgate_e = activate_backward(dh, block.of(inner_up), gate_e, within)
         _set_or_add(ddown[e], dy_e.T, h, first)
         _set_or_add(dup[e], dup_e.T, rows, first)
         torch.mm(dup_e, up[e], out=dx_e)
