@@ -25,8 +25,9 @@ from triptych.tools.render import table_of
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-GIVEN_BACK_AT_ONCE = 1 << 18
-"""Bytes: larger blocks go back to the system when freed, with `Round.exact_memory` on glibc."""
+KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
+"""What glibc is told in the processes of `Round.exact_memory`."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class Round:
     runners: list[Runner]
     cases: list[tuple[Case, str, str]]
     exact_memory: bool = False
-    """Measure memory in processes of its own, in which the C library gives freed memory back at once, so that
-    holes between its blocks do not count; that costs time."""
+    """Measure time in processes in which the C library (glibc) keeps what is freed, so that none waits for
+    pages of the system, and memory in others, in which it gives that back at once, so that holes do not
+    count."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class RoundReport:
         columns = ["case", "beside", "ms", "beside", "speed", "MiB", "beside", "memory"]
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         repeats = len(self.comparisons[0].ours.seconds)
-        memory = ", freed ones given back at once" if self.exact_memory else ""
+        memory = ", in processes that give freed memory back at once" if self.exact_memory else ""
         worst = max(one.difference for one in self.comparisons)
         note = Text(
             f"{self.what} in fp32 on the CPU, {self.threads} thread(s), median of {repeats} in turn after "
@@ -169,7 +171,9 @@ def run_round(
         for runner in runners:
             if progress is not None:
                 progress(runner.name)
-            started[runner.name] = stack.enter_context(_started(runner, threads, folder))
+            started[runner.name] = stack.enter_context(
+                _started(runner, threads, folder, KEEPING if exact_memory else None)
+            )
             started[runner.name].hear()
         seconds: dict[str, list[float]] = {name: [] for name in started}
         for turn in range(repeats):
@@ -191,7 +195,7 @@ def run_round(
 def _exact_peak_bytes(runner: Runner, threads: int) -> int:
     with (
         tempfile.TemporaryDirectory(prefix="triptych-bench-") as folder,
-        _started(runner, threads, folder, {"MALLOC_MMAP_THRESHOLD_": str(GIVEN_BACK_AT_ONCE)}) as process,
+        _started(runner, threads, folder, GIVING_BACK) as process,
     ):
         process.hear()
         return process.end()["peak_bytes"]

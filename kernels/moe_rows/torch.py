@@ -29,6 +29,8 @@ def sum_of_slots(rows: Tensor, weights: Tensor | None, slots: Tensor) -> Tensor:
     missing = slots < 0
     # On an accelerator one would have to wait to know.
     complete = slots.device.type == "cpu" and not bool(missing.any())
+    if complete and rows.dtype == dtype == torch.float32:
+        return _bags(rows, weights, slots)
     places = slots if complete else slots.clamp(min=0)
     for chunk in _chunks(slots.shape[0], rows.shape[1], rows.device):
         total: Tensor | None = None
@@ -43,6 +45,16 @@ def sum_of_slots(rows: Tensor, weights: Tensor | None, slots: Tensor) -> Tensor:
         if total is not None:
             y[chunk] = total
     return y
+
+
+def _bags(rows: Tensor, weights: Tensor | None, slots: Tensor) -> Tensor:
+    """`sum_of_slots` where each slot has a row, by PyTorch's embedding bags: fetch and add in one go."""
+    starts = torch.arange(slots.shape[0] + 1).mul_(slots.shape[1])
+    factors = None if weights is None else weights.to(rows.dtype).flatten()
+    table = rows.contiguous()
+    return torch.ops.aten._embedding_bag_forward_only(
+        table, slots.flatten(), starts, False, 0, False, factors, True, -1
+    )[0]
 
 
 @define("moe_gather")
@@ -103,9 +115,10 @@ def moe_combine_backward_op(
     of_row = of_row.scatter(0, places, weights.to(dtype).flatten())
     dot = torch.zeros_like(of_row)
     for chunk in _chunks(size_a, rows.shape[1], rows.device):
-        picked = dy.index_select(0, tokens[chunk]).to(dtype)
-        torch.sum(picked * rows[chunk], 1, out=dot[chunk])
-        drows[chunk] = picked.mul_(of_row[chunk].unsqueeze(1))
+        picked = torch.index_select(dy, 0, tokens[chunk], out=drows[chunk])
+        wide = picked.to(dtype)
+        torch.sum(wide * rows[chunk], 1, out=dot[chunk])
+        picked.copy_(wide.mul_(of_row[chunk].unsqueeze(1)))
     dot[size_a] = 0
     return drows, dot[places].view(slots.shape).to(weights.dtype)
 
