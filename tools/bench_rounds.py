@@ -25,9 +25,8 @@ from triptych.tools.render import table_of
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
-"""What glibc is told in the processes of `Round.exact_memory`."""
+"""What glibc is told in the processes that measure memory of `Round.exact_memory`."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,8 @@ class Round:
     runners: list[Runner]
     cases: list[tuple[Case, str, str]]
     exact_memory: bool = False
-    """Measure time in processes in which the C library (glibc) keeps what is freed, so that none waits for
-    pages of the system, and memory in others, in which it gives that back at once, so that holes do not
-    count."""
+    """Measure memory in processes of its own, in which the C library (glibc) gives back at once what is
+    freed, so that holes between its blocks do not count. Time is measured as the library comes."""
 
 
 @dataclass(frozen=True)
@@ -171,9 +169,7 @@ def run_round(
         for runner in runners:
             if progress is not None:
                 progress(runner.name)
-            started[runner.name] = stack.enter_context(
-                _started(runner, threads, folder, KEEPING if exact_memory else None)
-            )
+            started[runner.name] = stack.enter_context(_started(runner, threads, folder))
             started[runner.name].hear()
         seconds: dict[str, list[float]] = {name: [] for name in started}
         for turn in range(repeats):

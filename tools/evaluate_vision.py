@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from triptych.data_pipeline.images import dataset as images
+from triptych.data_pipeline.images.config import ImageDataConfig
 from triptych.data_pipeline.loader import BatchLoader
 from triptych.models import VisionConfig
 from triptych.tools.render import table_of
@@ -69,9 +70,12 @@ def evaluate_trained(
     say = progress or (lambda line: None)
     if not isinstance(trained.model, VisionConfig):
         raise ValueError(f"the run is of model.family={trained.model.family}, which has no tasks of vision")
-    objective = build_objective(trained)
+    assert isinstance(trained.data, ImageDataConfig), "vision models read images"
+    # A trained model has the sections that these two read.
+    sections: Any = trained
+    objective = build_objective(sections)
     validation = images.open_validation(
-        trained.data, image_needs(trained), limit=samples, global_batch_size=batch_size
+        trained.data, image_needs(sections), limit=samples, global_batch_size=batch_size
     )
     if validation is None:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from triptych.data_pipeline.images import dataset as images
+from triptych.data_pipeline.images.config import ImageDataConfig
 from triptych.models import VisionConfig
 from triptych.parallel.model import ParallelModel
 from triptych.training.data import image_needs
@@ -24,6 +25,7 @@ class TaskPictures:
     def __init__(self, run: RunSections, model: ParallelModel, objective: Objective) -> None:
         """Raises ValueError for validation data that cannot serve."""
         assert isinstance(run.model, VisionConfig), "the tasks of other models are not drawn"
+        assert isinstance(run.data, ImageDataConfig), "vision models read images"
         size = run.train.global_batch_size
         rows = images.open_validation(run.data, image_needs(run), limit=COUNT, global_batch_size=size)
         assert rows is not None, "whoever validates has validation data"

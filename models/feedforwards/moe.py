@@ -77,7 +77,7 @@ class MoE(nn.Module):
         layers = [layer for layer, spec in enumerate(config.layer_specs()) if spec.ffn == "moe"]
         counts = {layer: settings.num_experts_of.get(layer, settings.num_experts) + more for layer in layers}
         check_router(config, settings, "model.moe", counts)
-        if config.ffn.kind == "moe" and getattr(config, "shared_block_every", 0):
+        if config.ffn.kind == "moe" and getattr(config, "shared_block_every", False):
             raise ValueError(
                 "model.ffn.kind=moe with model.shared_block_every: a token would meet one router several "
                 "times, which is not built; write attention+moe in model.pattern, and another model.ffn.kind"
