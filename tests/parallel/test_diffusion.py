@@ -61,7 +61,7 @@ def test_layouts_are_the_same_training(name: str, routed: bool, layouts: list[st
 @pytest.mark.parametrize("routed", [False, True], ids=["whole", "tread"])
 @pytest.mark.parametrize("name", [name for name in BACKBONES if not name.startswith("demo")])
 def test_every_backbone_on_every_layout(name: str, routed: bool) -> None:
-    layouts = ["tp2", "pp2", "dp_shard2", "tp2.pp2", "tp2.pp2.dp_shard2+selective"]
+    layouts = ["tp2", "pp2", "dp_shard2", "tp2.pp2"] if routed else ["dp_shard2", "tp2", "tp2.pp2"]
     if name == "dimsum":
         layouts = [layout for layout in layouts if "pp" not in layout]
     assert_same(run_of(name, routed), layouts)
