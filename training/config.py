@@ -32,7 +32,7 @@ class OptimizerConfig(BaseModel):
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0.0)
     """Decoupled decay per unit of learning rate. It acts on matrices only: not on norms, biases, a_log, d,
-    dt_bias, residual scales, nor on the token embedding (`training/optimizer.py` holds the rule)."""
+    dt_bias, residual scales, nor on token and task embeddings (`training/optimizer.py` holds the rule)."""
 
     layer_decay: float = Field(default=1.0, gt=0.0, le=1.0)
     """Factor on the learning rate per layer from the head down to the embeddings, for finetuning (BEiT, arXiv

@@ -22,6 +22,8 @@ from triptych.training.shards import Shard, Window
 # Bounds the temporary of the update, which is as large as what is updated at once.
 _BUCKET_ELEMENTS = 2**26
 _EXEMPT_LEAVES = frozenset({"a_log", "d"})
+# Modules whose rows most steps do not see.
+_TABLES = frozenset({"embedding", "task_embedding"})
 # First parts of names of what stands behind the blocks, or has its place at many depths.
 _BEHIND = frozenset({"norm", "head", "heads", "last_conv", "shared_block"})
 
@@ -30,14 +32,14 @@ def decays(name: str, shape: tuple[int, ...]) -> bool:
     """Whether weight decay acts on the parameter `name` of the whole shape `shape`: on matrices only.
 
     Exempt are vectors and scalars (residual scales), everything of a norm, biases, Mamba-2's a_log, d and
-    dt_bias, and the token embedding, whose rows would shrink in every step that does not see their token
+    dt_bias, and token and task embeddings, whose rows would shrink in every step that does not see them
     (OLMo 2, arXiv 2501.00656, section 3). Convolution filters decay, as in the published Mamba-2, which
     exempts only a_log, d and dt_bias.
     """
     path = name.split(".")
     # Biases of stacked experts have two dimensions, and are vectors all the same.
     vector = path[-1] in _EXEMPT_LEAVES or path[-1].endswith("bias")
-    exempt = vector or any("norm" in part or part == "embedding" for part in path)
+    exempt = vector or any("norm" in part or part in _TABLES for part in path)
     return len(shape) >= 2 and not exempt
 
 

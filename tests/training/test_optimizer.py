@@ -84,10 +84,12 @@ def test_decay_falls_on_matrices_only(tmp_path: object) -> None:
         ("blocks.1.ffn.experts.up_bias", False),
         ("blocks.0.mixer.q_experts.bias", False),
         ("blocks.0.mixer.dt_weight", True),
+        ("task_embedding.weight", False),
+        ("patch_embedding.proj.weight", True),
     ],
 )
-def test_biases_of_stacked_experts_do_not_decay(name: str, decaying: bool) -> None:
-    """They have a dimension more, and are biases all the same."""
+def test_biases_of_experts_and_rows_of_tasks_do_not_decay(name: str, decaying: bool) -> None:
+    """Stacked biases have a dimension more, and are biases all the same."""
     assert decays(name, (4, 8, 8) if decaying else (4, 8)) == decaying
 
 
