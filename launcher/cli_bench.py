@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,15 +10,23 @@ from triptych.launcher.cli_common import Json, show, to_stderr
 from triptych.launcher.errors import RunFailed
 
 app = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_markup_mode=None)
+Repeats = Annotated[int, typer.Option(help="Timed runs of each side.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of each side; default: the cores.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Tiny shapes: shows that it works, not how fast.")]
+
+
+def _judge(report: Any, quick: bool, as_json: bool) -> None:
+    """Show a report of ratios. Raises RunFailed for a target missed, which tiny shapes may."""
+    show(report, as_json)
+    if not quick and not report.ok:
+        raise RunFailed("a target was missed")
 
 
 @app.command("train")
 def bench_train(
-    repeats: Annotated[int, typer.Option(help="Timed runs of each side.")] = 5,
-    threads: Annotated[int | None, typer.Option(help="Threads of each side; default: the cores.")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Tiny shapes: shows that it works, not how fast.")
-    ] = False,
+    repeats: Repeats = 5,
+    threads: Threads = None,
+    quick: Quick = False,
     as_json: Json = False,
 ) -> None:
     """Speed and memory of training beside transformers, in one run (needs pip install 'triptych[hf]').
@@ -31,10 +39,7 @@ def bench_train(
     """
     from triptych.tools.bench import bench_train as run
 
-    report = run(repeats=repeats, threads=threads, quick=quick, progress=to_stderr)
-    show(report, as_json)
-    if not quick and not report.ok:
-        raise RunFailed("a target was missed")
+    _judge(run(repeats=repeats, threads=threads, quick=quick, progress=to_stderr), quick, as_json)
 
 
 @app.command("activations")
@@ -54,11 +59,9 @@ def bench_activations(
 
 @app.command("diffusion")
 def bench_diffusion(
-    repeats: Annotated[int, typer.Option(help="Timed runs of each side.")] = 5,
-    threads: Annotated[int | None, typer.Option(help="Threads of each side; default: the cores.")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Tiny shapes: shows that it works, not how fast.")
-    ] = False,
+    repeats: Repeats = 5,
+    threads: Threads = None,
+    quick: Quick = False,
     as_json: Json = False,
 ) -> None:
     """A step of DiT-S/2 beside the plain PyTorch formulation, and with TREAD beside without, in one run.
@@ -71,19 +74,14 @@ def bench_diffusion(
     """
     from triptych.tools.bench_diffusion import bench_diffusion as run
 
-    report = run(repeats=repeats, threads=threads, quick=quick, progress=to_stderr)
-    show(report, as_json)
-    if not quick and not report.ok:
-        raise RunFailed("a target was missed")
+    _judge(run(repeats=repeats, threads=threads, quick=quick, progress=to_stderr), quick, as_json)
 
 
 @app.command("moe")
 def bench_moe(
-    repeats: Annotated[int, typer.Option(help="Timed runs of each side.")] = 7,
-    threads: Annotated[int | None, typer.Option(help="Threads of each side; default: the cores.")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Tiny shapes: shows that it works, not how fast.")
-    ] = False,
+    repeats: Repeats = 7,
+    threads: Threads = None,
+    quick: Quick = False,
     as_json: Json = False,
 ) -> None:
     """Mixture of experts beside a loop over experts and beside all experts, and product keys, in one run.
@@ -96,7 +94,4 @@ def bench_moe(
     """
     from triptych.tools.bench_moe import bench_moe as run
 
-    report = run(repeats=repeats, threads=threads, quick=quick, progress=to_stderr)
-    show(report, as_json)
-    if not quick and not report.ok:
-        raise RunFailed("a target was missed")
+    _judge(run(repeats=repeats, threads=threads, quick=quick, progress=to_stderr), quick, as_json)

@@ -13,7 +13,7 @@ Shape legend: A rows of this rank, M rows for the experts held, E experts, e exp
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from triptych import kernels
 from triptych.models.balancing import weighs
 from triptych.models.config import ModelConfig
 from triptych.models.context import has_values
@@ -96,11 +97,10 @@ def apply_expert_parallel(model: nn.Module, ep: Axis, tp: Axis, mesh: DeviceMesh
         uses = {}
         for name, parameter in module.named_parameters(recurse=False):
             use = use_of(cuts.get(f"{prefix}.{name}", REPLICATE), parameter, tp, partial=True)
-            uses[name] = Use(use.dim, (Shard(0), *use.gradients), use.rows, use.factor)
+            over_tp = use.gradients if tp.size > 1 else ()
+            uses[name] = dataclasses.replace(use, gradients=(Shard(0), *over_tp))
             module._parameters[name] = _cut(parameter, use, ep, tp, mesh)
         if mesh is not None:
-            if tp.size == 1:
-                uses = {name: Use(None, (Shard(0),)) for name in uses}
             module.forward = with_local_parameters(module, uses)
         held: Any = module
         held.exchange = EpExchange(ep)
@@ -165,18 +165,13 @@ class EpExchange(Exchange):
         experts = torch.arange(held, device=rows.device).repeat(self.count)
         order = experts.repeat_interleave(coming_Re.flatten()).argsort(stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        back = functools.partial(self._back, order=order, inverse=inverse, going=going, coming=coming)
-        return Sent(_Permute.apply(rows, order, inverse), coming_Re.sum(0), back)
 
-    def _back(
-        self,
-        rows_MD: torch.Tensor,
-        order: torch.Tensor,
-        inverse: torch.Tensor,
-        going: list[int],
-        coming: list[int],
-    ) -> torch.Tensor:
-        return _AllToAll.apply(_Permute.apply(rows_MD, inverse, order), coming, going, self.axis)
+        def back(rows_MD: torch.Tensor) -> torch.Tensor:
+            by_sender = kernels.moe_gather(rows_MD, inverse, order.unsqueeze(1))
+            return _AllToAll.apply(by_sender, coming, going, self.axis)
+
+        by_expert = kernels.moe_gather(rows, order, inverse.unsqueeze(1))
+        return Sent(by_expert, coming_Re.sum(0), back)
 
 
 class _AllToAll(torch.autograd.Function):
@@ -192,16 +187,3 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         return _AllToAll.apply(grads[0], ctx.coming, ctx.going, ctx.axis), None, None, None
-
-
-class _Permute(torch.autograd.Function):
-    """x[order]; backward takes by the inverse."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        ctx.order, ctx.inverse = order, inverse
-        return x[order]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        return _Permute.apply(grads[0], ctx.inverse, ctx.order), None, None

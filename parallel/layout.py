@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from triptych import models
 from triptych.models.config import LanguageConfig, ModelConfig
+from triptych.models.count import build_on_meta
 from triptych.models.diffusion_config import DiffusionConfig
 from triptych.models.sharding import Cut
 from triptych.parallel.config import AXES, ParallelConfig
@@ -57,8 +57,7 @@ class Layout:
         seq_len in tokens; batch sizes in samples (global_batch_size: of all ranks, per optimizer step).
         """
         self._check_batch(global_batch_size, micro_batch_size)
-        with torch.device("meta"):
-            whole = models.build(model)
+        whole = build_on_meta(model)
         self._check_tensor(model, seq_len, whole)
         self._check_pipeline(model, whole)
         self._check_experts(whole, global_batch_size, micro_batch_size)

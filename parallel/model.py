@@ -91,24 +91,35 @@ class ParallelModel:
                 self._call(batch)
         for module in sharded_modules(self.module):
             module.reshard()
-        for name, router in self._routers.items():
-            router.ahead = router.batch.sum(router.take_record())
-            router.collecting, router.record = False, before[name]
+        for name, record in self._global_records().items():
+            router = self._routers[name]
+            router.ahead, router.collecting, router.record = record, False, before[name]
+
+    def _global_records(self) -> dict[str, torch.Tensor]:
+        """Take the records of this stage's routers, summed over the data ranks; all in one all-reduce."""
+        if not self._routers:
+            return {}
+        records = [router.take_record() for router in self._routers.values()]
+        batch = next(iter(self._routers.values())).batch
+        summed = batch.sum(torch.cat(records)).split([len(record) for record in records])
+        return dict(zip(self._routers, summed))
 
     @torch.no_grad()
-    def update_routers(self, move: bool = True) -> dict[str, dict[str, Any]]:
-        """What the routers of this stage saw of the step's global batch, by name.
+    def update_routers(self, move: bool = True) -> dict[str, torch.Tensor]:
+        """What the routers of this stage recorded of the step's global batch, by name.
 
         move: also move the biases that even out the experts' load.
         """
-        figures = {}
-        for name, router in self._routers.items():
-            record = router.batch.sum(router.take_record())
-            step_E = router.bias_step(record) if move else None
+        records = self._global_records()
+        for name, record in records.items() if move else ():
+            bias, step_E = self._routers[name].expert_bias, self._routers[name].bias_step(record)
             if step_E is not None:
-                local_part(router.expert_bias).add_(step_E[window(router.expert_bias).slices])
-            figures[name] = router.figures(record)
-        return figures
+                local_part(bias).add_(step_E[window(bias).slices])
+        return records
+
+    def router_figures(self, records: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+        """What the records of `update_routers` say, by router."""
+        return {name: self._routers[name].figures(record) for name, record in records.items()}
 
     @torch.no_grad()
     def forward(self, micro_batches: list[MicroBatch], loss_fn: LossFunction) -> torch.Tensor:

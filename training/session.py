@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from triptych.data_pipeline.loader import BatchLoader
 from triptych.models import VisionConfig
@@ -123,7 +124,7 @@ class Session:
         self.skipped_steps = 0
         self.valid_loss: float | None = None
         self.valid_metrics: dict[str, float] = {}
-        self.routing: dict[str, RouterFigures] = {}
+        self.routing: dict[str, Tensor] = {}
         self._meta = meta
         self._owns_group = owns_group
         self.model = _parallelize(run, self.layout, device)
@@ -358,7 +359,8 @@ class Session:
         """What the routers of all stages saw of the global batch, by name, in the order of the layers."""
         if not self.model.has_routers:
             return {}
-        found = {name: each for part in self.group.gather(self.routing) for name, each in part.items()}
+        own = self.model.router_figures(self.routing)
+        found = {name: each for part in self.group.gather(own) for name, each in part.items()}
         return dict(sorted(found.items(), key=lambda item: natural(item[0])))
 
     def _loader(self, dataset: Any, read_ahead: int) -> BatchLoader:

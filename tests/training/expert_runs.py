@@ -193,7 +193,7 @@ def observe(run: RunConfig, run_dir: Path) -> dict[str, Any]:
         seen["losses"].append(loss.loss)
         seen["norms"].append(norm)
         seen["metrics"].append(loss.metrics)
-        seen["routing"].append(session.group.gather(session.routing))
+        seen["routing"].append(session.group.gather(session.model.router_figures(session.routing)))
     if session.validation is not None:
         session.evaluate()
         seen["valid"] = [session.valid_loss, session.valid_metrics]
