@@ -24,12 +24,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) --editable ".[digits]"
 	@touch $@
 
+# Other people's kernels, which tests and `triptych bench kernels` hold ours against.
+PEERS := flash-linear-attention==0.6.0 fla-core==0.6.0 liger-kernel==0.8.5
+
 # timm stands aside, for tests alone: PyPI's torchvision does not load beside a CPU build of torch, and where it is
 # installed transformers and diffusers import it.
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing triptych and its development extras into $(VENV) (about two minutes) ..."
 	$(PIP_INSTALL) --editable ".[dev,digits,hf,megatron]"
 	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/timm timm torchvision
+	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/peers $(PEERS)
 	@touch $@ $(VENV)/.installed
 
 install: $(VENV)/.installed

@@ -3,6 +3,9 @@
 A form says what it supports with a reason when it does not. A form that was named (argument `form=` or the
 variable TRIPTYCH_KERNELS="ssd=reference,attention=sdpa") and cannot run raises; the automatic choice falls
 back to the next form in order of priority and says so once.
+
+A form that is not `trusted` (compiled on the spot, or somebody else's) is held against the reference on a small
+call, once per process and device, before an automatic choice takes it.
 """
 
 from __future__ import annotations
@@ -16,12 +19,18 @@ from typing import Any, NamedTuple
 
 import torch
 
+from triptych.kernels import selfcheck
+
 ENVIRONMENT_VARIABLE = "TRIPTYCH_KERNELS"
 log = logging.getLogger(__name__)
 
 
 def _always(*args: Any, **kwargs: Any) -> str | None:
     return None
+
+
+def _never(device: torch.device) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,13 @@ class Form:
     """Called with the arguments of the call: None, or the reason why this form cannot serve it."""
     installed: Callable[[torch.device], str | None] = _always
     """None, or the reason why this form cannot run on such a device at all (package or hardware missing)."""
+    trusted: bool = True
+    """False: an automatic choice takes the form only after the self-check on the device."""
+    by_name_only: Callable[[torch.device], bool] = _never
+    """True: an automatic choice never takes the form on such a device."""
+
+
+Examples = dict[str, Callable[[torch.device, torch.dtype], dict[str, Any]]]
 
 
 class Row(NamedTuple):
@@ -47,6 +63,7 @@ class Row(NamedTuple):
 
 
 _FORMS: dict[str, dict[str, Form]] = {}
+_EXAMPLES: dict[str, tuple[Callable[..., Any], Examples]] = {}
 
 
 def register(op: str, form: Form, *, first: bool = False) -> None:
@@ -55,6 +72,31 @@ def register(op: str, form: Form, *, first: bool = False) -> None:
     if form.name in forms:
         raise ValueError(f"kernels: {op} already has a form named {form.name!r}")
     _FORMS[op] = {form.name: form, **forms} if first else {**forms, form.name: form}
+    _automatic.cache_clear()
+
+
+def register_examples(op: str, function: Callable[..., Any], makers: Examples) -> None:
+    """Small calls of the operator's public function, for self-checks.
+
+    makers: by name, functions of device and dtype that give the keyword arguments without `form`, floating
+    inputs in that dtype. The first is one that every form can serve.
+    """
+    _EXAMPLES[op] = (function, makers)
+
+
+def operators() -> list[str]:
+    """The names of all operators."""
+    return sorted(_FORMS)
+
+
+def forms(op: str) -> list[str]:
+    """The names of an operator's forms, in order of priority."""
+    return list(_FORMS[op])
+
+
+def examples(op: str) -> tuple[Callable[..., Any], Examples]:
+    """The public function of an operator and what was registered with it; no makers where nothing was."""
+    return _EXAMPLES.get(op, (_FORMS[op]["reference"].run if "reference" in _FORMS[op] else _always, {}))
 
 
 @functools.lru_cache(maxsize=8)
@@ -75,8 +117,71 @@ def _parse(value: str) -> dict[str, str]:
 
 
 @functools.cache
-def _announce(op: str, refused: str, reason: str, taken: str) -> None:
-    log.warning("kernels: %s runs as %r, since %r cannot: %s", op, taken, refused, reason)
+def _announce(op: str, reasons: str, taken: str) -> None:
+    log.warning("kernels: %s runs as %r, since %s", op, taken, reasons)
+
+
+def check(op: str, form: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Hold a form against the reference on each registered example that it serves: None, or what is wrong."""
+    function, makers = examples(op)
+    found: dict[str, str | None] = {}
+    for name, make in makers.items():
+        problem = selfcheck.check(function, form, make(device, dtype), dtype)
+        # What a form says it cannot do is no fault of it.
+        if problem is None or "cannot serve this call" not in problem:
+            found[name] = problem
+    return found
+
+
+@functools.cache
+def _failed(op: str, form: str, device: torch.device) -> str | None:
+    """Why an untrusted form must not be chosen; None when it passed every example it serves."""
+    found = check(op, form, device, torch.float32) | {
+        f"{name} in bfloat16": problem for name, problem in check(op, form, device, torch.bfloat16).items()
+    }
+    if not found:
+        return "no example of the self-check fits it"
+    problems = [f"{name}: {problem}" for name, problem in found.items() if problem is not None]
+    return f"it failed the self-check ({problems[0]})" if problems else None
+
+
+@functools.cache
+def _automatic(op: str, device: torch.device) -> tuple[str, ...]:
+    """The forms that an automatic choice may take on a device, in order of priority."""
+    found = []
+    for form in _FORMS[op].values():
+        if form.by_name_only(device) or form.installed(device):
+            continue
+        if not form.trusted and (reason := _failed(op, form.name, device)):
+            log.warning("kernels: %s does without %r on %s: %s", op, form.name, device, reason)
+            continue
+        found.append(form.name)
+    return tuple(found)
+
+
+# Constants to torch.compile, which then need not trace what looks for packages, runs checks and writes logs.
+@torch.compiler.assume_constant_result
+def _candidates(op: str, device: str) -> tuple[str, ...]:
+    return _automatic(op, torch.device(device))
+
+
+@torch.compiler.assume_constant_result
+def _fell_back(op: str, reasons: str, taken: str) -> None:
+    _announce(op, reasons, taken)
+
+
+@torch.compiler.assume_constant_result
+def _named(op: str, form: str | None, device: str) -> str | None:
+    """The form that the caller or the environment names; raises where this machine lacks it."""
+    named = form or _parse(os.environ.get(ENVIRONMENT_VARIABLE, "")).get(op)
+    if named is None:
+        return None
+    if named not in _FORMS[op]:
+        raise ValueError(f"{op}: form={named!r} does not exist; use one of {list(_FORMS[op])}")
+    place = torch.device(device)
+    if reason := _FORMS[op][named].installed(place):
+        raise RuntimeError(f"{op}: form={named!r} cannot run on {place.type}: {reason}")
+    return named
 
 
 def choose(op: str, form: str | None, device: torch.device, *args: Any, **kwargs: Any) -> Form:
@@ -85,27 +190,20 @@ def choose(op: str, form: str | None, device: torch.device, *args: Any, **kwargs
     Raises ValueError for an unknown form or one that does not support the call, RuntimeError for a named form
     that this machine lacks.
     """
-    forms = _FORMS[op]
-    named = form or _parse(os.environ.get(ENVIRONMENT_VARIABLE, "")).get(op)
+    named = _named(op, form, str(device))
     if named is not None:
-        if named not in forms:
-            raise ValueError(f"{op}: form={named!r} does not exist; use one of {list(forms)}")
-        if reason := forms[named].installed(device):
-            raise RuntimeError(f"{op}: form={named!r} cannot run on {device.type}: {reason}")
-        if reason := forms[named].supports(*args, **kwargs):
+        if reason := _FORMS[op][named].supports(*args, **kwargs):
             raise ValueError(f"{op}: form={named!r} cannot serve this call: {reason}")
-        return forms[named]
-    reasons: dict[str, str] = {}
-    for candidate in forms.values():
-        if candidate.installed(device):
+        return _FORMS[op][named]
+    reasons = []
+    for name in _candidates(op, str(device)):
+        if reason := _FORMS[op][name].supports(*args, **kwargs):
+            reasons.append(f"{name!r} cannot: {reason}")
             continue
-        if reason := candidate.supports(*args, **kwargs):
-            reasons[candidate.name] = reason
-            continue
-        for refused, why in reasons.items():
-            _announce(op, refused, why, candidate.name)
-        return candidate
-    raise ValueError(f"{op}: no form can serve this call on {device.type}: {reasons}")
+        if reasons:
+            _fell_back(op, "; ".join(reasons), name)
+        return _FORMS[op][name]
+    raise ValueError(f"{op}: no form can serve this call on {device.type}: {'; '.join(reasons)}")
 
 
 def table(device: torch.device | str | None = None) -> list[Row]:
@@ -117,6 +215,7 @@ def table(device: torch.device | str | None = None) -> list[Row]:
     rows = []
     for op, forms in sorted(_FORMS.items()):
         reasons = {name: form.installed(device) or "" for name, form in forms.items()}
-        default = named.get(op) or next((name for name, reason in reasons.items() if not reason), None)
+        free = (name for name, form in forms.items() if not reasons[name] and not form.by_name_only(device))
+        default = named.get(op) or next(free, None)
         rows += [Row(op, name, not reason, reason, name == default) for name, reason in reasons.items()]
     return rows

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before anything imports Triton: its kernels then run on the CPU, interpreted, where a test names them.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from triptych.models.timm_backbone import import_timm
 from triptych.parallel.local import run_local

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,3 +100,13 @@ def accurate() -> Callable[..., None]:
         assert not wrong, f"(error, error of the plain form): {wrong}"
 
     return check
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fla and Liger, from the folder that the Makefile makes for them."""
+    folder = Path(sys.prefix) / "peers"
+    if not folder.is_dir():
+        pytest.skip(f"other packages' kernels are not in {folder}; make install-dev puts them there")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])
+    importlib.invalidate_caches()

@@ -28,6 +28,7 @@ def op() -> Iterator[str]:
     yield name
     del dispatch._FORMS[name]
     dispatch._announce.cache_clear()
+    dispatch._automatic.cache_clear()
 
 
 def test_first_form_that_can(op: str, caplog: pytest.LogCaptureFixture) -> None:
