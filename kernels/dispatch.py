@@ -4,8 +4,8 @@ A form says what it supports with a reason when it does not. A form that was nam
 variable TRIPTYCH_KERNELS="ssd=reference,attention=sdpa") and cannot run raises; the automatic choice falls
 back to the next form in order of priority and says so once.
 
-A form that is not `trusted` (compiled on the spot, or somebody else's) is held against the reference on a small
-call, once per process and device, before an automatic choice takes it.
+A form that is not `trusted` (compiled on the spot, or somebody else's) is held against the reference on a
+small call, once per process and device, before an automatic choice takes it.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class Row(NamedTuple):
     installed: bool
     reason: str
     default: bool
+    trusted: bool
+    """False: used only after its self-check."""
 
 
 _FORMS: dict[str, dict[str, Form]] = {}
@@ -217,5 +219,8 @@ def table(device: torch.device | str | None = None) -> list[Row]:
         reasons = {name: form.installed(device) or "" for name, form in forms.items()}
         free = (name for name, form in forms.items() if not reasons[name] and not form.by_name_only(device))
         default = named.get(op) or next(free, None)
-        rows += [Row(op, name, not reason, reason, name == default) for name, reason in reasons.items()]
+        rows += [
+            Row(op, name, not reason, reason, name == default, forms[name].trusted)
+            for name, reason in reasons.items()
+        ]
     return rows

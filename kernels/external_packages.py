@@ -1,4 +1,5 @@
-"""Forms that other people's packages bring. They run on GPUs, where installed, after our own check of them."""
+"""Forms that other people's packages bring. They run on GPUs, where installed, after our own check of
+them."""
 
 from __future__ import annotations
 

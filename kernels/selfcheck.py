@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
-"""Largest error that passes, relative to the largest element. What breaks kernels (a wrong mask, an overflow, an
-offset) is far above; how exact forms are is for the tests to say."""
+"""Largest error that passes, relative to the largest element. What breaks kernels (a wrong mask, an overflow,
+an offset) is far above; how exact forms are is for the tests to say."""
 
 
 def error_of(

@@ -1,8 +1,9 @@
-"""Where Triton can run, and how this room starts a Triton kernel: on a GPU, interpreted on a CPU, or compiled only.
+"""Where Triton can run, and how this room starts a Triton kernel: on a GPU, interpreted on a CPU, or compiled
+only.
 
-Triton is imported at the first launch and not before: a machine without it, or without a GPU, imports this room
-at no cost. Nothing here tunes itself: sizes of blocks are functions of shapes and dtypes, so that a run's results
-do not depend on what a timer said.
+Triton is imported at the first launch and not before: a machine without it, or without a GPU, imports this
+room at no cost. Nothing here tunes itself: sizes of blocks are functions of shapes and dtypes, so that a run's
+results do not depend on what a timer said.
 """
 
 from __future__ import annotations
@@ -193,6 +194,8 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     fields = dict(item.split(":", 1) for item in text.split() if item.count(":") == 1)
     return int(fields["REG"]), int(fields["STACK"])

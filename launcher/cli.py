@@ -181,15 +181,24 @@ def compare(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Hold every kernel that can run here against its reference.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Show what is installed, which devices there are, and which kernels would run and why.
 
     \b
     triptych doctor
+    triptych doctor --kernels
+
+    A run checks what it did not compile itself in the same way before it uses it, and does without what
+    fails; --kernels names it beforehand.
     """
     from triptych.launcher.doctor import examine
 
-    report = examine()
+    report = examine(check_kernels=kernels)
     show(report, as_json)
     if not report.ok:
         raise RunFailed("something that training needs is missing, see above")

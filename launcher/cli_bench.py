@@ -95,3 +95,54 @@ def bench_moe(
     from triptych.tools.bench_moe import bench_moe as run
 
     _judge(run(repeats=repeats, threads=threads, quick=quick, progress=to_stderr), quick, as_json)
+
+
+@app.command("kernels")
+def bench_kernels(
+    op: Annotated[list[str] | None, typer.Option(help="An operator; may be given several times.")] = None,
+    against: Annotated[
+        str, typer.Option(help="Peers or forms, with commas between; default: all there are.")
+    ] = "",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Default: float32 on the CPU, bfloat16 on a GPU.")] = None,
+    plot: Annotated[str | None, typer.Option(help="A PNG of the ratios to write.")] = None,
+    compile_for: Annotated[
+        str | None,
+        typer.Option(help="Only compile Triton's kernels, for sm_80 or sm_90; needs no GPU, times nothing."),
+    ] = None,
+    repeats: Repeats = 7,
+    threads: Threads = None,
+    quick: Quick = False,
+    as_json: Json = False,
+) -> None:
+    """Operators beside other packages and plain PyTorch: time, memory, bandwidth, correctness, in one run.
+
+    \b
+    triptych bench kernels
+    triptych bench kernels --op ssd --op selective_scan --plot kernels.png
+    triptych bench kernels --against mamba_ssm,fla,liger --device cuda --json
+    triptych bench kernels --compile-for sm_90
+
+    Each side is held against a float64 reference before it is timed. Exit code 1 if a target is missed (not
+    with --quick).
+    """
+    if compile_for is not None:
+        from triptych.tools.kernel_bench.compiled import compiled_kernels
+
+        compiled = compiled_kernels(compile_for, ops=op or [], dtype=dtype or "bfloat16", progress=to_stderr)
+        _judge(compiled, quick, as_json)
+        return
+    from triptych.tools.bench_kernels import bench_kernels as run
+
+    report = run(
+        ops=op or [],
+        against=[name.strip() for name in against.split(",") if name.strip()],
+        device=device,
+        dtype=dtype,
+        repeats=repeats,
+        threads=threads,
+        quick=quick,
+        plot=plot,
+        progress=to_stderr,
+    )
+    _judge(report, quick, as_json)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 CORE = (
@@ -34,6 +35,8 @@ EXTRAS = {
     "flash-attn": "cuda: attention kernels",
     "mamba-ssm": "cuda: Mamba-2 kernels",
     "causal-conv1d": "cuda: convolution kernels",
+    "flash-linear-attention": "cuda: linear attention kernels",
+    "liger-kernel": "cuda: norms, activations, cross-entropy",
 }
 
 
@@ -53,11 +56,15 @@ class Report:
     machine: list[Finding]
     packages: list[Finding]
     kernels: list[dict[str, Any]]
+    checks: list[dict[str, Any]]
+    """Of each form that this machine can run, against the reference; empty where it was not asked for."""
 
     @property
     def ok(self) -> bool:
-        """True unless something that training needs is missing."""
-        return all(finding.state != "broken" for finding in (*self.machine, *self.packages))
+        """True unless something that training needs is missing, or wrong."""
+        needed = (*self.machine, *self.packages)
+        wrong = [check for check in self.checks if check["trusted"] and check["problem"]]
+        return not wrong and all(finding.state != "broken" for finding in needed)
 
     def table(self) -> RenderableType:
         """Three tables, one below the other."""
@@ -74,15 +81,29 @@ class Report:
         for row in self.kernels:
             choice = "default" if row["default"] else "on request" if row["installed"] else "no"
             table.add_row(row["op"], row["form"], choice, row["reason"])
-        return Group(*tables, table)
+        return Group(*tables, table, *([self._checks()] if self.checks else []))
+
+    def _checks(self) -> Table:
+        table = Table(
+            "operator", "form", "call", "dtype", "", title="Self-check against the reference in float64",
+            title_justify="left",
+        )  # fmt: skip
+        for check in self.checks:
+            problem = check["problem"]
+            verdict = f"[bold red]disabled: {escape(problem)}[/]" if problem else "[green]right[/]"
+            table.add_row(check["op"], check["form"], check["call"], check["dtype"], verdict)
+        return table
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON values."""
         return {"ok": self.ok, **asdict(self)}
 
 
-def examine() -> Report:
-    """Look at this machine. Imports torch and Ray, starts nothing."""
+def examine(*, check_kernels: bool = False) -> Report:
+    """Look at this machine. Imports torch and Ray, starts nothing.
+
+    check_kernels: hold every form that can run here against the reference, on small calls.
+    """
     packages = [
         *(_package(name, "") for name in CORE),
         *(_package(name, what) for name, what in EXTRAS.items()),
@@ -92,10 +113,30 @@ def examine() -> Report:
         from triptych import kernels
 
         rows = [row._asdict() for row in kernels.table()]
+        checks = _check_kernels() if check_kernels else []
     except ImportError as error:
-        rows = []
+        rows, checks = [], []
         machine.append(Finding("kernels", "broken", str(error)))
-    return Report(machine, packages, rows)
+    return Report(machine, packages, rows, checks)
+
+
+def _check_kernels() -> list[dict[str, Any]]:
+    import torch
+
+    from triptych import kernels
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = []
+    for row in kernels.table(device):
+        if not row.installed or row.form == "reference":
+            continue
+        for dtype in (torch.float32, torch.bfloat16):
+            for call, problem in kernels.check(row.op, row.form, device, dtype).items():
+                found.append(
+                    {"op": row.op, "form": row.form, "call": call, "trusted": row.trusted, "problem": problem}
+                    | {"dtype": str(dtype).removeprefix("torch.")}
+                )
+    return found
 
 
 def _package(name: str, extra: str) -> Finding:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from triptych import kernels
-from triptych.kernels.random import string_key
+from triptych.kernels import string_key
 
 
 class Dropout(nn.Module):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from triptych.kernels.random import hash_uniform, string_key
+from triptych.kernels import hash_uniform, string_key
 from triptych.models.cache import Cache
 from triptych.models.lm import LanguageModel
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from triptych.kernels.random import hash_normal, hash_uniform, string_key
+from triptych.kernels import hash_normal, hash_uniform, string_key
 
 ELEMENTS_AT_ONCE = 1 << 21
 """Elements drawn together; bounds the memory of the float64 and int64 intermediates to some 100 MB."""

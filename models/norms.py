@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from triptych import kernels
-from triptych.kernels.library import autocast_dtype, statistics_dtype
+from triptych.kernels import autocast_dtype, statistics_dtype
 from triptych.models.config import ModelConfig
 from triptych.models.init import ONES, ZEROS, Init
 from triptych.models.linear import unset

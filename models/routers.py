@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from triptych.kernels.library import without_autocast
-from triptych.kernels.random import hash_normal, string_key
+from triptych.kernels import hash_normal, string_key, without_autocast
 from triptych.models import balancing
 from triptych.models.assignment import NOWHERE, best_tokens, first_come, top_experts
 from triptych.models.balancing import RoutingSums, add_up

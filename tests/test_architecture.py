@@ -47,3 +47,15 @@ def test_help_needs_no_torch() -> None:
     program = "import sys, triptych.launcher.cli; print([m for m in ('torch', 'ray') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_operators_are_used_by_their_public_names() -> None:
+    """What stands in kernels/ has one door, so that a form can change without anyone above knowing."""
+    for room in ("models", "data_pipeline", "parallel", "training"):
+        for path in (ROOT / room).rglob("*.py"):
+            inside = [
+                node.module
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("triptych.kernels.")
+            ]
+            assert not inside, f"{path.relative_to(ROOT)} imports from {inside}; use triptych.kernels"

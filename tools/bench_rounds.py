@@ -169,7 +169,7 @@ def run_round(
         for runner in runners:
             if progress is not None:
                 progress(runner.name)
-            started[runner.name] = stack.enter_context(_started(runner, threads, folder))
+            started[runner.name] = stack.enter_context(started(runner, threads, folder))
             started[runner.name].hear()
         seconds: dict[str, list[float]] = {name: [] for name in started}
         for turn in range(repeats):
@@ -191,13 +191,13 @@ def run_round(
 def _exact_peak_bytes(runner: Runner, threads: int) -> int:
     with (
         tempfile.TemporaryDirectory(prefix="triptych-bench-") as folder,
-        _started(runner, threads, folder, GIVING_BACK) as process,
+        started(runner, threads, folder, GIVING_BACK) as process,
     ):
         process.hear()
         return process.end()["peak_bytes"]
 
 
-class _Process:
+class Process:
     """A running side, with which one speaks in lines."""
 
     def __init__(self, runner: Runner, process: subprocess.Popen[str], errors: Any) -> None:
@@ -227,9 +227,10 @@ class _Process:
 
 
 @contextlib.contextmanager
-def _started(
+def started(
     runner: Runner, threads: int, folder: str, environment: dict[str, str] | None = None
-) -> Iterator[_Process]:
+) -> Iterator[Process]:
+    """The runner's process, in `folder`, as long as the block lasts."""
     request = {
         "side": runner.side, "shape": runner.shape, "warm_up_shape": runner.warm_up_shape, "threads": threads,
     }  # fmt: skip
@@ -243,6 +244,6 @@ def _started(
         ) as process,
     ):  # fmt: skip
         try:
-            yield _Process(runner, process, errors)
+            yield Process(runner, process, errors)
         finally:
             process.kill()

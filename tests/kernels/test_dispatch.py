@@ -69,9 +69,9 @@ def test_environment(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_table(op: str) -> None:
     rows = [row for row in table("cpu") if row.op == op]
     assert rows == [
-        (op, "absent", False, "package `absent` is not installed", False),
-        (op, "even", True, "", True),
-        (op, "plain", True, "", False),
+        (op, "absent", False, "package `absent` is not installed", False, True),
+        (op, "even", True, "", True, True),
+        (op, "plain", True, "", False, True),
     ]
     operators = {"attention", "causal_conv1d", "linear_cross_entropy", "rms_norm", "rotary", "ssd", "swiglu"}
     assert operators <= {row.op for row in table()}

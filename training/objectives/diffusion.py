@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triptych.kernels.random import hash_uniform
+from triptych.kernels import hash_uniform
 from triptych.models.diffusion_config import DiffusionConfig
 from triptych.training.objectives import variational
 from triptych.training.objectives.config import ObjectiveConfig, TreadConfig

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from triptych.kernels.random import hash_normal, hash_uniform, string_key
+from triptych.kernels import hash_normal, hash_uniform, string_key
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from triptych.kernels.random import hash_uniform
+from triptych.kernels import hash_uniform
 from triptych.training.objectives.config import TimesConfig
 from triptych.training.objectives.draws import stream
 from triptych.training.objectives.paths import Path

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from triptych.kernels.random import hash_bits, string_key
+from triptych.kernels import hash_bits, string_key
 from triptych.training.objectives.draws import Rows, image_noise, token_noise
 from triptych.training.objectives.paths import DDPMPath, EDMPath
 from triptych.training.objectives.predictions import Prediction

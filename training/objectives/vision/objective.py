@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from triptych.kernels.library import statistics_dtype
+from triptych.kernels import statistics_dtype
 from triptych.models.context import has_values
 from triptych.models.vision_config import VisionConfig
 from triptych.training.objectives.config import VisionTaskConfig
