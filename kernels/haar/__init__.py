@@ -5,13 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from triptych.kernels import dispatch
-from triptych.kernels.haar import reference
+from triptych.kernels.haar import examples, reference
 from triptych.kernels.haar import torch as fast
-
-dispatch.register("haar", dispatch.Form("torch", fast.haar))
-dispatch.register("haar", dispatch.Form("reference", reference.haar))
-dispatch.register("inverse_haar", dispatch.Form("torch", fast.inverse_haar))
-dispatch.register("inverse_haar", dispatch.Form("reference", reference.inverse_haar))
 
 
 def haar(x: Tensor, levels: int, *, form: str | None = None) -> Tensor:
@@ -46,3 +41,11 @@ def inverse_haar(coefficients: Tensor, levels: int, *, form: str | None = None) 
             f"{tuple(coefficients.shape)}"
         )
     return dispatch.choose("inverse_haar", form, coefficients.device).run(coefficients, levels)
+
+
+dispatch.register("haar", dispatch.Form("torch", fast.haar))
+dispatch.register("haar", dispatch.Form("reference", reference.haar))
+dispatch.register("inverse_haar", dispatch.Form("torch", fast.inverse_haar))
+dispatch.register("inverse_haar", dispatch.Form("reference", reference.inverse_haar))
+dispatch.register_examples("haar", haar, {"image": examples.image})
+dispatch.register_examples("inverse_haar", inverse_haar, {"coefficients": examples.coefficients})

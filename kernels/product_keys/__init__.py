@@ -9,15 +9,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from triptych.kernels import dispatch
-from triptych.kernels.product_keys import reference
+from triptych.kernels.product_keys import examples, reference
 from triptych.kernels.product_keys import torch as fast
 
 __all__ = ["product_key_topk", "rank_one_experts"]
-
-dispatch.register("product_key_topk", dispatch.Form("torch", fast.product_key_topk))
-dispatch.register("product_key_topk", dispatch.Form("reference", reference.product_key_topk))
-dispatch.register("rank_one_experts", dispatch.Form("torch", fast.rank_one_experts))
-dispatch.register("rank_one_experts", dispatch.Form("reference", reference.rank_one_experts))
 
 ACTIVATIONS = ("gelu", "silu", "relu")
 """What stands between the two vectors of an expert; gelu in the tanh approximation."""
@@ -85,3 +80,11 @@ def rank_one_experts(
         )
     run = dispatch.choose("rank_one_experts", form, x.device).run
     return run(x, down, up, experts.flatten(1), weights.flatten(1), activation)
+
+
+dispatch.register("product_key_topk", dispatch.Form("torch", fast.product_key_topk))
+dispatch.register("product_key_topk", dispatch.Form("reference", reference.product_key_topk))
+dispatch.register("rank_one_experts", dispatch.Form("torch", fast.rank_one_experts))
+dispatch.register("rank_one_experts", dispatch.Form("reference", reference.rank_one_experts))
+dispatch.register_examples("product_key_topk", product_key_topk, {"retrieval": examples.retrieval})
+dispatch.register_examples("rank_one_experts", rank_one_experts, {"experts": examples.experts})
