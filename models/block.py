@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from triptych import kernels
 from triptych.models.conditioning import Modulation, modulated
 from triptych.models.config import LayerSpec, ModelConfig
 from triptych.models.context import Context
@@ -104,7 +105,7 @@ class Block(nn.Module):
             return x_BTC + branch(f(norm(x_BTC), context), context.sample_keys)
         shift, scale, gate = next(modulation), next(modulation), next(modulation)
         y_BTC = branch(f(modulated(norm, x_BTC, shift, scale), context), context.sample_keys)
-        return torch.addcmul(x_BTC, gate, y_BTC)
+        return kernels.gated_residual(x_BTC, y_BTC, gate)
 
 
 class LongSkip(nn.Module):

@@ -98,10 +98,10 @@ class GatedRMSNorm(nn.Module):
         return {"weight": ONES}
 
     def forward(self, x_BTC: torch.Tensor, gate_BTC: torch.Tensor) -> torch.Tensor:
-        channels = self.weight.shape[0]
-        if channels >= self.group_size:
-            groups = channels // self.group_size
-            return kernels.rms_norm(x_BTC, self.weight, eps=self.eps, gate=gate_BTC, num_groups=groups)
+        if self.weight.shape[0] >= self.group_size:
+            return kernels.gated_rms_norm(
+                x_BTC, gate_BTC, self.weight, eps=self.eps, group_size=self.group_size
+            )
         return _SpanningGatedRMSNorm.apply(x_BTC, gate_BTC, self.weight, self)
 
     def sum_of_group(self, partial_BT1: torch.Tensor) -> torch.Tensor:

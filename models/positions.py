@@ -19,10 +19,10 @@ whole."""
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions of several axes. frequencies: (D / 2A,) per axis, in radians per token; temperature: a
-    factor on the attention scores."""
+    """Rotary positions of several axes. frequencies: (A, D / 2A), in radians per token; temperature: a factor
+    on the attention scores."""
 
-    frequencies: tuple[torch.Tensor, ...]
+    frequencies: torch.Tensor
     temperature: float = 1.0
 
 
@@ -31,13 +31,8 @@ def rotate(x_BTHD: torch.Tensor, positions: torch.Tensor, theta: float, rope: Ro
     where axis a turns the a-th of A equal parts of the channels."""
     if rope is None:
         return kernels.rotary(x_BTHD, positions, theta)
-    positions = positions.expand(x_BTHD.shape[0], -1, -1)
-    parts = x_BTHD.chunk(len(rope.frequencies), dim=-1)
-    turned = [
-        kernels.rotary(part, positions[..., axis], frequencies=frequencies)
-        for axis, (part, frequencies) in enumerate(zip(parts, rope.frequencies))
-    ]
-    return torch.cat(turned, dim=-1)
+    shared = positions.shape[0] == 1
+    return kernels.axial_rotary(x_BTHD, positions[0] if shared else positions, frequencies=rope.frequencies)
 
 
 def axial_rope(
@@ -69,7 +64,7 @@ def axial_rope(
             frequency = frequency * kept + frequency / factor * (1 - kept)
         frequencies.append(frequency)
     temperature = (0.1 * math.log(max(factors)) + 1) ** 2 if kind == "yarn" else 1.0
-    return Rope(tuple(frequencies), temperature)
+    return Rope(torch.stack(frequencies), temperature)
 
 
 def grid_positions(grid: tuple[int, ...], device: torch.device) -> torch.Tensor:

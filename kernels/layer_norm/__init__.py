@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import Any
+
 from torch import Tensor
 
-from triptych.kernels import dispatch
-from triptych.kernels.layer_norm import reference
+from triptych.kernels import dispatch, external_packages, triton_launch
+from triptych.kernels.layer_norm import examples, reference
 from triptych.kernels.layer_norm import torch as fast
-from triptych.kernels.library import without_autocast
+from triptych.kernels.layer_norm.lines import modulated_lines, too_long
 
-dispatch.register("modulated_layer_norm", dispatch.Form("torch", fast.modulated_layer_norm))
-dispatch.register("modulated_layer_norm", dispatch.Form("reference", reference.modulated_layer_norm))
+_LIGER_DTYPES = ("torch.float32", "torch.float16", "torch.bfloat16")
 
 
-@without_autocast
 def layer_norm(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    form: str | None = None,
 ) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias (arXiv 1607.06450) over the last dim.
 
     x: (..., C). weight, bias: (C,) or None. Statistics are fp32 inside; the result has x's dtype, under
-    autocast too, so that no fp32 copy of a bf16 stream is kept. PyTorch's own operator, which saves its input
-    and two numbers per token. Raises ValueError for shapes that do not match.
+    autocast too, so that no fp32 copy of a bf16 stream is kept. Saved for backward: x, weight and two numbers
+    per token. Raises ValueError for shapes that do not match.
     """
     channels = x.shape[-1]
     for name, parameter in (("weight", weight), ("bias", bias)):
@@ -30,8 +34,8 @@ def layer_norm(
             raise ValueError(
                 f"layer_norm: {name} must be ({channels},) like x's last dim, it is {tuple(parameter.shape)}"
             )
-    weight, bias = (p if p is None else p.to(x.dtype) for p in (weight, bias))
-    return F.layer_norm(x, (channels,), weight, bias, eps)
+    arguments = (x, weight, bias, eps)
+    return dispatch.choose("layer_norm", form, x.device, *arguments).run(*arguments)
 
 
 def modulated_layer_norm(
@@ -55,4 +59,50 @@ def modulated_layer_norm(
             f"modulated_layer_norm: shift and scale {tuple(shift.shape)} must have x's dims "
             f"{tuple(x.shape)}, or 1 in place of those before the last"
         )
-    return dispatch.choose("modulated_layer_norm", form, x.device).run(x, shift, scale, eps)
+    arguments = (x, shift, scale, eps)
+    return dispatch.choose("modulated_layer_norm", form, x.device, *arguments).run(*arguments)
+
+
+def _fits(x: Tensor, *_: Any) -> str | None:
+    return too_long(x.shape[-1])
+
+
+def _fits_modulated(x: Tensor, shift: Tensor, *_: Any) -> str | None:
+    if modulated_lines(x.shape, shift.shape) is None:
+        return f"a modulation {tuple(shift.shape)} of x {tuple(x.shape)} is neither per row nor per token"
+    return _fits(x)
+
+
+def _liger_supports(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> str | None:
+    if weight is None or bias is None:
+        return "Liger's layer norm wants a weight and a bias"
+    if str(x.dtype) not in _LIGER_DTYPES:
+        return f"Liger has fp32, fp16 and bf16, not {x.dtype}"
+    return _fits(x)
+
+
+dispatch.register(
+    "layer_norm", triton_launch.form("triptych.kernels.layer_norm.triton", "layer_norm", supports=_fits)
+)
+dispatch.register(
+    "layer_norm",
+    external_packages.form(
+        "liger",
+        "liger_kernel",
+        "triptych.kernels.layer_norm.external",
+        "layer_norm",
+        supports=_liger_supports,
+    ),
+)
+dispatch.register("layer_norm", dispatch.Form("torch", fast.layer_norm))
+dispatch.register("layer_norm", dispatch.Form("reference", reference.layer_norm))
+dispatch.register_examples("layer_norm", layer_norm, examples.MAKERS)
+dispatch.register(
+    "modulated_layer_norm",
+    triton_launch.form(
+        "triptych.kernels.layer_norm.triton", "modulated_layer_norm", supports=_fits_modulated
+    ),
+)
+dispatch.register("modulated_layer_norm", dispatch.Form("torch", fast.modulated_layer_norm))
+dispatch.register("modulated_layer_norm", dispatch.Form("reference", reference.modulated_layer_norm))
+dispatch.register_examples("modulated_layer_norm", modulated_layer_norm, examples.MODULATED_MAKERS)

@@ -1,4 +1,4 @@
-"""SwiGLU's activation in Triton: one pass over memory each way. Elements in rows of BLOCK, no matter the shape."""
+"""SwiGLU's activation in Triton: one pass over memory each way, BLOCK elements per program."""
 
 from typing import Any
 
@@ -10,11 +10,12 @@ from torch import Tensor
 from triptych.kernels.library import define
 from triptych.kernels.triton_launch import accumulator, launch
 
-BLOCK = 4096
+BLOCK = 2048
+"""Elements of a program: with 8 warps 8 per thread, in bf16 one load of 16 bytes of each input."""
 
 
 @triton.jit
-def forward_kernel(gate, up, out, numel, ACC: tl.constexpr, BLOCK: tl.constexpr):
+def forward_kernel(gate, up, out, numel, ACC: tl.constexpr, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
     g = tl.load(gate + at, mask=inside).to(ACC)
@@ -23,7 +24,7 @@ def forward_kernel(gate, up, out, numel, ACC: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def backward_kernel(dy, gate, up, dgate, dup, numel, ACC: tl.constexpr, BLOCK: tl.constexpr):
+def backward_kernel(dy, gate, up, dgate, dup, numel, ACC: tl.constexpr, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
     d = tl.load(dy + at, mask=inside).to(ACC)
@@ -40,7 +41,9 @@ def swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
     grid = (triton.cdiv(out.numel(), BLOCK),)
-    launch(forward_kernel, grid, gate, up, out, out.numel(), ACC=accumulator(out.dtype), BLOCK=BLOCK, num_warps=8)
+    launch(
+        forward_kernel, grid, gate, up, out, out.numel(), ACC=accumulator(out.dtype), BLOCK=BLOCK, num_warps=8
+    )
     return out
 
 
