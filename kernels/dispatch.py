@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -49,7 +49,7 @@ class Form:
     """True: an automatic choice never takes the form on such a device."""
 
 
-Examples = dict[str, Callable[[torch.device, torch.dtype], dict[str, Any]]]
+Examples = Mapping[str, Callable[[torch.device, torch.dtype], dict[str, Any]]]
 
 
 class Row(NamedTuple):

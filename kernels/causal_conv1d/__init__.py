@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from dataclasses import replace
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from triptych.kernels import dispatch
-from triptych.kernels.causal_conv1d import reference
+from triptych.kernels import dispatch, external_packages, triton_launch
+from triptych.kernels.causal_conv1d import examples, external, reference
 from triptych.kernels.causal_conv1d import torch as fast
 from triptych.kernels.segments import check_cu_seqlens
 
-dispatch.register("causal_conv1d", dispatch.Form("torch", fast.causal_conv1d))
-dispatch.register("causal_conv1d", dispatch.Form("reference", reference.causal_conv1d))
+MAX_TAPS_OF_TRITON = 4
+"""So many rows stay in registers beside their gradients."""
 
 
 @overload
@@ -70,6 +71,8 @@ def causal_conv1d(
     batch, length, channels = x.shape
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"causal_conv1d: bias must be ({channels},), it is {tuple(bias.shape)}")
+    if length == 0:
+        raise ValueError(f"causal_conv1d: x {tuple(x.shape)} has no tokens; T must be at least 1")
     if activation not in ("silu", None):
         raise ValueError(f"causal_conv1d: activation={activation!r} is not known; use 'silu' or None")
     count = batch
@@ -81,13 +84,41 @@ def causal_conv1d(
         raise ValueError(
             f"causal_conv1d: initial_state must be {expected}, it is {tuple(initial_state.shape)}"
         )
-    y, final_state = dispatch.choose("causal_conv1d", form, x.device).run(
-        x,
-        weight,
-        bias,
-        activation=activation,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        with_final_state=return_final_state,
-    )
+    options: dict[str, Any] = {
+        "activation": activation,
+        "initial_state": initial_state,
+        "cu_seqlens": cu_seqlens,
+        "with_final_state": return_final_state,
+    }
+    chosen = dispatch.choose("causal_conv1d", form, x.device, x, weight, bias, **options)
+    y, final_state = chosen.run(x, weight, bias, **options)
     return (y, final_state) if return_final_state else y
+
+
+def _triton_supports(x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> str | None:
+    taps = weight.shape[1]
+    if taps <= MAX_TAPS_OF_TRITON:
+        return None
+    return f"it has kernels of up to {MAX_TAPS_OF_TRITON} taps, not {taps}; long_conv is for long ones"
+
+
+dispatch.register(
+    "causal_conv1d",
+    replace(
+        external_packages.form(
+            "causal_conv1d",
+            "causal_conv1d",
+            "triptych.kernels.causal_conv1d.external",
+            "causal_conv1d",
+            supports=external.supports,
+        ),
+        by_name_only=external.sums_in_any_order,
+    ),
+)
+dispatch.register(
+    "causal_conv1d",
+    triton_launch.form("triptych.kernels.causal_conv1d.triton", "causal_conv1d", supports=_triton_supports),
+)
+dispatch.register("causal_conv1d", dispatch.Form("torch", fast.causal_conv1d))
+dispatch.register("causal_conv1d", dispatch.Form("reference", reference.causal_conv1d))
+dispatch.register_examples("causal_conv1d", causal_conv1d, examples.MAKERS)

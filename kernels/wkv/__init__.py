@@ -9,13 +9,10 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from triptych.kernels import dispatch
+from triptych.kernels import dispatch, triton_launch
 from triptych.kernels.segments import check_cu_seqlens
-from triptych.kernels.wkv import reference
+from triptych.kernels.wkv import examples, reference
 from triptych.kernels.wkv import torch as fast
-
-dispatch.register("wkv", dispatch.Form("torch", fast.wkv))
-dispatch.register("wkv", dispatch.Form("reference", reference.wkv))
 
 
 @overload
@@ -137,3 +134,9 @@ def _check(
     expected = (count, 2, channels)
     if initial_state is not None and initial_state.shape != expected:
         raise ValueError(f"wkv: initial_state must be {expected}, it is {tuple(initial_state.shape)}")
+
+
+dispatch.register("wkv", triton_launch.form("triptych.kernels.wkv.triton", "wkv"))
+dispatch.register("wkv", dispatch.Form("torch", fast.wkv))
+dispatch.register("wkv", dispatch.Form("reference", reference.wkv))
+dispatch.register_examples("wkv", wkv, examples.MAKERS)

@@ -3,6 +3,8 @@
 B batch, T length, C channels, docs packed documents.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -137,6 +139,7 @@ def _directions(args: tuple[Any, ...]) -> int:
 
 
 def _one_by_one(
+    op: Callable[..., tuple[Tensor, Tensor]],
     k: Tensor,
     v: Tensor,
     w: Tensor,
@@ -151,7 +154,7 @@ def _one_by_one(
     for i, (start, end) in enumerate(document_bounds(cu_seqlens)):
         state = None if initial_state is None else initial_state[i : i + 1]
         part = (flat_k[:, start:end], flat_v[:, start:end])
-        y, final = wkv_op(*part, w, u, state, None, None, None, False, False, chunk_size)
+        y, final = op(*part, w, u, state, None, None, None, False, False, chunk_size)
         ys.append(y[0])
         finals.append(final[0])
     return torch.cat(ys).view(v.shape), torch.stack(finals)
@@ -169,7 +172,8 @@ def _borders(cu_seqlens: Tensor, batch: int, length: int) -> tuple[Tensor, Tenso
     return starts.view(batch, length), ends.view(batch, length), scale.view(batch, length)
 
 
-def wkv(
+def wkv_by(
+    op: Callable[..., tuple[Tensor, Tensor]],
     k: Tensor,
     v: Tensor,
     w: Tensor,
@@ -182,9 +186,9 @@ def wkv(
     chunk_size: int,
     with_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Shapes as in the public function."""
+    """Shapes as in the public function. op: wkv_op, or another with its arguments."""
     if cu_seqlens is not None and (initial_state is not None or with_final_state):
-        y, final_state = _one_by_one(k, v, w, u, initial_state, cu_seqlens, chunk_size)
+        y, final_state = _one_by_one(op, k, v, w, u, initial_state, cu_seqlens, chunk_size)
         return y, final_state if with_final_state else None
     starts = ends = scale = None
     if cu_seqlens is not None:
@@ -193,7 +197,8 @@ def wkv(
         scale = None
     elif scale is None:
         w, u = w / k.shape[1], u / k.shape[1] if divide_u else u
-    y, final_state = wkv_op(
-        k, v, w, u, initial_state, scale, starts, ends, divide_u, bidirectional, chunk_size
-    )
+    y, final_state = op(k, v, w, u, initial_state, scale, starts, ends, divide_u, bidirectional, chunk_size)
     return y, final_state if with_final_state else None
+
+
+wkv = functools.partial(wkv_by, wkv_op)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from triptych.kernels import wkv
 from triptych.kernels.wkv import scan
+from triptych.kernels.wkv import triton as with_triton
 from triptych.kernels.wkv.torch import wkv_backward_op, wkv_op
 
 FP32_FLOOR = 3e-6  # a sum of some hundred fp32 terms
@@ -56,8 +57,8 @@ causal = partial(wkv, bidirectional=False, return_final_state=True)
 plain_causal = partial(causal, form="reference")
 
 
-@pytest.mark.parametrize("form", ["torch", "reference"])
-def test_both_forms_equal_the_formula_term_by_term(form: str) -> None:
+@pytest.mark.parametrize("form", ["torch", "triton", "reference"])
+def test_all_forms_equal_the_formula_term_by_term(form: str) -> None:
     inputs = make_inputs(9, channels=2)
     k, v, w, u = (x.tolist() for x in inputs.values())
     expected = torch.zeros(1, 9, 2, dtype=torch.float64)
@@ -71,7 +72,7 @@ def test_both_forms_equal_the_formula_term_by_term(form: str) -> None:
     torch.testing.assert_close(wkv(**inputs, form=form), expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("form", ["torch", "reference"])
+@pytest.mark.parametrize("form", ["torch", "triton", "reference"])
 def test_causal_forms_equal_the_recurrence_of_rwkv_4(form: str) -> None:
     inputs = make_inputs(9, channels=2, decay=1.0)
     k, v, w, u = inputs.values()
@@ -95,6 +96,55 @@ def test_agrees_with_the_formula(length: int, agree: Callable[..., None]) -> Non
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 65, 300])
 def test_causal_agrees_with_the_formula(length: int, agree: Callable[..., None]) -> None:
     agree(causal, plain_causal, with_state(make_inputs(length, decay=1.0, channels=3, batch=2)))
+
+
+@pytest.mark.parametrize(("length", "channels"), [(1, 3), (5, 35), (65, 2)])
+def test_triton_agrees_with_the_formula(length: int, channels: int, agree: Callable[..., None]) -> None:
+    agree(partial(wkv, form="triton"), plain, make_inputs(length, channels=channels))
+
+
+@pytest.mark.parametrize(("length", "decay"), [(1, 1.0), (63, 1.0), (6, 0.0), (6, 20.0), (6, 1000.0)])
+def test_triton_agrees_causally(length: int, decay: float, agree: Callable[..., None]) -> None:
+    inputs = with_state(make_inputs(length, decay=decay, channels=3))
+    agree(partial(causal, form="triton"), plain_causal, inputs, max(1e-12, 1e-15 * length * decay))
+
+
+def test_triton_takes_strided_inputs(agree: Callable[..., None]) -> None:
+    def strided(k: Tensor, v: Tensor, **rest: Tensor) -> Tensor:
+        return wkv(k.mT.contiguous().mT, v.repeat(1, 1, 2)[..., 3:6], form="triton", **rest)
+
+    agree(strided, plain, make_inputs(6, batch=2, channels=3))
+
+
+@pytest.mark.parametrize(("bidirectional", "states"), [(True, False), (False, False), (False, True)])
+def test_packed_documents_in_triton(bidirectional: bool, states: bool, agree: Callable[..., None]) -> None:
+    inputs = make_inputs(7, batch=2, channels=3, decay=1.0)
+    packed: Any = partial(wkv, bidirectional=bidirectional, cu_seqlens=cuts(0, 1, 4, 7, 14))
+    if states:
+        packed, inputs = partial(packed, return_final_state=True), with_state(inputs, 4)
+    if bidirectional:
+        packed = partial(packed, divide_u=True)
+    agree(partial(packed, form="triton"), partial(packed, form="reference"), inputs)
+
+
+def test_accuracy_of_triton(accurate: Callable[..., None]) -> None:
+    triton = partial(wkv, form="triton")
+    accurate(triton, plain, make_inputs(12, channels=3, key=10.0, dtype=torch.float32), 1e-5)
+    accurate(triton, plain, make_inputs(6, channels=3, dtype=torch.bfloat16), BF16_FLOOR)
+
+
+def test_empty_states_and_large_keys_in_triton() -> None:
+    inputs = make_inputs(6, decay=1.0, channels=3, dtype=torch.float32)
+    inputs["k"] = 80.0 * inputs["k"].sign()
+    empty = torch.stack([torch.zeros(1, 3), torch.full((1, 3), -math.inf)], 1).requires_grad_()
+    leaves = {k: v.requires_grad_() for k, v in inputs.items()}
+    triton = partial(causal, form="triton")
+    found, expected = triton(**leaves, initial_state=empty), triton(**leaves)
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    (found[0].sum() + found[1].sum()).backward()
+    assert all(v.grad.isfinite().all() for v in leaves.values())
+    assert torch.equal(empty.grad, torch.zeros_like(empty))
 
 
 @pytest.mark.parametrize("form", [wkv, plain])
@@ -276,17 +326,33 @@ def test_numerical_gradients(bidirectional: bool) -> None:
     assert torch.autograd.gradcheck(function, [v.requires_grad_() for v in inputs.values()])
 
 
-def op_arguments(bidirectional: bool, packed: bool) -> tuple[Any, ...]:
-    inputs = make_inputs(9, batch=2, channels=3)
+def op_arguments(bidirectional: bool, packed: bool, length: int = 9) -> tuple[Any, ...]:
+    inputs = make_inputs(length, batch=2, channels=3)
     inputs = inputs if bidirectional else with_state(inputs)
     values = [v.requires_grad_() for v in inputs.values()]
-    place = torch.arange(9).expand(2, 9) % 4
+    place = torch.arange(length).expand(2, length) % 4
     extra = (
-        [torch.full((2, 9), 0.25), place == 0, (place == 3) | (torch.arange(9) == 8)]
+        [torch.full((2, length), 0.25), place == 0, (place == 3) | (torch.arange(length) == length - 1)]
         if packed
         else [None] * 3
     )
     return (*values, *[None] * bidirectional, *extra, packed, bidirectional, 4)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_registration_of_triton(bidirectional: bool) -> None:
+    arguments = op_arguments(bidirectional, packed=bidirectional, length=3)
+    forward, backward = with_triton.wkv_op, with_triton.wkv_backward_op
+    # Further utilities trace the op once more each, which takes its time under the interpreter.
+    utilities = ("test_schema", "test_faketensor")
+    torch.library.opcheck(forward, arguments, test_utils=utilities)
+    detached = [v.detach() if isinstance(v, Tensor) else v for v in arguments]
+    y, final_state = forward(*detached)
+    state = None if bidirectional else final_state
+    torch.library.opcheck(backward, (y, state, *detached), test_utils=utilities)
+    with FlopCounterMode(display=False) as counter:
+        forward(*arguments)[0].sum().backward()
+    assert counter.get_total_flops() == 20 * 2 * 3 * 3 * (2 if bidirectional else 1)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -342,7 +408,7 @@ def test_saves_inputs_only() -> None:
         ({"initial_state": torch.zeros(1, 2, 6)}, "or use bidirectional=False"),
         ({"bidirectional": False, "initial_state": torch.zeros(2, 2, 6)}, r"must be \(1, 2, 6\)"),
         ({"bidirectional": False, "divide_u": True}, "use divide_u=False"),
-        ({"form": "fast"}, r"form='fast' does not exist; use one of \['torch', 'reference'\]"),
+        ({"form": "fast"}, r"form='fast' does not exist; use one of \['triton', 'torch', 'reference'\]"),
     ],
 )
 def test_errors_say_what_to_mend(change: dict[str, Any], message: str) -> None:
