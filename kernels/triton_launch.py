@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from triptych.kernels.dispatch import Form
+from triptych.kernels.interpreter import mend_interpreter
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -88,6 +89,8 @@ def launch(
     if _compiling:
         _compiling[-1](kernel, *args, num_warps=num_warps, num_stages=num_stages, **constexprs)
         return
+    if interpreted():
+        mend_interpreter()
     device = next(x.device for x in args if isinstance(x, Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:

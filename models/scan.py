@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from triptych import kernels
 from triptych.models.context import document_bounds, has_values
 from triptych.models.scan_order import inverse, line_ends, scan_order
 
@@ -38,13 +39,13 @@ class Arranged(NamedTuple):
 
 
 class _Places(NamedTuple):
-    """One order of N places, for all rows (N,) or for each (B, N).
+    """K orders of N places, the same for all rows (K, N) or each row's own (K, B, N).
 
-    order: which of [tokens, pads] stands at each place; back: its inverse; pads: how many there are.
+    orders: which of [tokens, pads] stands at each place; inverse: of each; pads: how many there are.
     """
 
-    order: torch.Tensor
-    back: torch.Tensor
+    orders: torch.Tensor
+    inverse: torch.Tensor
     pads: int
 
 
@@ -150,11 +151,10 @@ class Scan:
         places = self._places(orders, pad is not None)
         x_BNC = x_BTC
         if pad is not None:
-            pads = pad.to(x_BTC.dtype).expand(x_BTC.shape[0], places[0].pads, -1)
+            pads = pad.to(x_BTC.dtype).expand(x_BTC.shape[0], places.pads, -1)
             x_BNC = torch.cat([x_BTC, pads], dim=1)
-        scans = [_Take.apply(x_BNC, each.order, each.back, False) for each in places]
         return Arranged(
-            torch.cat(scans) if len(scans) > 1 else scans[0],
+            kernels.scan_gather(x_BNC, places.orders, inverse=places.inverse),
             self._bounds(cu_seqlens, orders, places, x_BTC.shape[0]),
             functools.partial(_restore, places),
         )
@@ -168,7 +168,7 @@ class Scan:
         """
         self._check(x_BTC)
         back = tuple(-step for step in offset)
-        return _Take.apply(x_BTC, self._neighbours(offset), self._neighbours(back), True)
+        return _TakeOrZero.apply(x_BTC, self._neighbours(offset), self._neighbours(back))
 
     def _check(self, x_BTC: torch.Tensor) -> None:
         rows = len(self.rows) if self.kept is None else self.kept.shape[0]
@@ -177,28 +177,28 @@ class Scan:
                 f"x is {tuple(x_BTC.shape)}, but this pass has {self.num_tokens} tokens in each of its rows"
             )
 
-    def _places(self, orders: tuple[str, ...], padded: bool) -> list[_Places]:
+    def _places(self, orders: tuple[str, ...], padded: bool) -> _Places:
         key = (orders, padded)
         if key not in self.cache:
             ends = [self._line_ends(order)[0] for order in orders] if padded else []
             pads = max((each.shape[1] for each in ends), default=0)
-            self.cache[key] = [
-                self._place(self._ranks(order), _fill(ends[i], pads, self.length) if padded else None)
+            found = torch.stack([
+                self._order(self._ranks(order), _fill(ends[i], pads, self.length) if padded else None)
                 for i, order in enumerate(orders)
-            ]
+            ])  # fmt: skip
+            self.cache[key] = _Places(found, kernels.invert_orders(found), pads)
         return self.cache[key]
 
-    def _place(self, ranks: torch.Tensor, ends: torch.Tensor | None) -> _Places:
-        """ranks: (R, T), R 1 or B, each token's position in the scan. ends: (R, L), those pads follow."""
+    def _order(self, ranks: torch.Tensor, ends: torch.Tensor | None) -> torch.Tensor:
+        """(N,), or (B, N) where rows differ. ranks: (R, T), R 1 or B, each token's position in the scan.
+        ends: (R, L), those pads follow."""
         if self.kept is not None:
             ranks = ranks.expand(self.kept.shape[0], -1).gather(1, self.kept)
         keys = 2 * ranks
         if ends is not None:
             keys = torch.cat([keys, 2 * ends.expand(keys.shape[0], -1) + 1], dim=1)
         order = keys.argsort(dim=1, stable=True)
-        if order.shape[0] == 1:
-            order = order[0]
-        return _Places(order, inverse(order), 0 if ends is None else ends.shape[1])
+        return order[0] if order.shape[0] == 1 else order
 
     def _ranks(self, name: str) -> torch.Tensor:
         """int64 (R, T): each token's position in the scan of its row."""
@@ -229,29 +229,29 @@ class Scan:
         return padded.to(self.device), numbers.to(self.device)
 
     def _bounds(
-        self, cu_seqlens: torch.Tensor | None, orders: tuple[str, ...], places: list[_Places], batch: int
+        self, cu_seqlens: torch.Tensor | None, orders: tuple[str, ...], places: _Places, batch: int
     ) -> torch.Tensor | None:
         """cu_seqlens of the arranged rows, (K B, N)."""
         if cu_seqlens is None:
             return None
-        if places[0].pads == 0:
+        if places.pads == 0:
             tokens = batch * self.num_tokens
             starts = [cu_seqlens[:-1] + k * tokens for k in range(len(orders))]
             return torch.cat([*starts, cu_seqlens.new_tensor([len(orders) * tokens])])
         key = ("bounds", orders)
         if key not in self.cache:
-            ids = [self._arranged_ids(name, each) for name, each in zip(orders, places)]
+            ids = [self._arranged_ids(name, order, places.pads) for name, order in zip(orders, places.orders)]
             self.cache[key] = document_bounds(torch.cat(ids))[0]
         return self.cache[key]
 
-    def _arranged_ids(self, name: str, places: _Places) -> torch.Tensor:
+    def _arranged_ids(self, name: str, order: torch.Tensor, pads: int) -> torch.Tensor:
         """(B, N): the image that each place of a padded scan belongs to."""
         assert self.document_ids is not None, "cu_seqlens are of packed rows"
         ids = self.document_ids if self.kept is None else self.document_ids.gather(1, self.kept)
-        owners = _fill(self._line_ends(name)[1], places.pads, -1)
+        owners = _fill(self._line_ends(name)[1], pads, -1)
         # Pads that no line has stand behind all tokens, and may as well belong to the last.
         owners = torch.where(owners < 0, ids[:, -1:], owners.expand(ids.shape[0], -1))
-        return _take(torch.cat([ids, owners], dim=1).unsqueeze(-1), places.order).squeeze(-1)
+        return _take(torch.cat([ids, owners], dim=1).unsqueeze(-1), order).squeeze(-1)
 
     def _neighbours(self, offset: Shape) -> torch.Tensor:
         """int64 (T,) or (B, T): the token at each one's position + offset, T where there is none."""
@@ -306,21 +306,19 @@ def scanned_length(config: ModelConfig, layer: int, length: int) -> int:
     return len(orders) * (length + round(pads * length / math.prod(grid)))
 
 
-class _Take(torch.autograd.Function):
+class _TakeOrZero(torch.autograd.Function):
     """y[t] = x[index[t]] along T, zeros where index is T. adjoint: the index of the transposed map, so that
     backward takes as well instead of adding up."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, index: torch.Tensor, adjoint: torch.Tensor, zeros: bool
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, adjoint: torch.Tensor) -> torch.Tensor:
         # Kept as they are: the Scan holds them anyway.
-        ctx.index, ctx.adjoint, ctx.zeros = index, adjoint, zeros
-        return _take(_with_zeros(x) if zeros else x, index)
+        ctx.index, ctx.adjoint = index, adjoint
+        return _take(torch.cat([x, x.new_zeros(x.shape[0], 1, x.shape[2])], dim=1), index)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        return _Take.apply(grads[0], ctx.adjoint, ctx.index, ctx.zeros), None, None, None
+        return _TakeOrZero.apply(grads[0], ctx.adjoint, ctx.index), None, None
 
 
 def _take(x_BTC: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -332,17 +330,10 @@ def _take(x_BTC: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x_BTC.flatten(0, 1).index_select(0, (index + rows).flatten()).unflatten(0, index.shape)
 
 
-def _with_zeros(x_BTC: torch.Tensor) -> torch.Tensor:
-    return torch.cat([x_BTC, x_BTC.new_zeros(x_BTC.shape[0], 1, x_BTC.shape[2])], dim=1)
-
-
-def _restore(places: list[_Places], y: torch.Tensor) -> torch.Tensor:
+def _restore(places: _Places, y: torch.Tensor) -> torch.Tensor:
     """(K B, N, C) -> (B, T, C)."""
-    parts = []
-    for each, part in zip(places, y.chunk(len(places))):
-        tokens = _Take.apply(part, each.back, each.order, False)
-        parts.append(tokens[:, : tokens.shape[1] - each.pads] if each.pads else tokens)
-    return parts[0] if len(parts) == 1 else sum(parts[1:], parts[0]) / len(parts)
+    tokens = kernels.scan_scatter(y, places.orders, inverse=places.inverse, reduce="mean")
+    return tokens[:, : tokens.shape[1] - places.pads] if places.pads else tokens
 
 
 def _same(y: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,8 @@ A rows sorted by expert, E experts, K and N sizes of a matrix. counts: int64 (E,
 
 PyTorch's grouped_mm serves where dtypes and alignment allow it. On the CPU it is a loop as well, but without
 Python in it (1 to 3 % faster for 512 rows of 256 x 1,024 per expert, 25 % for 8 rows of 64 x 128; backward
-alike); on a GPU it is one kernel, and does not wait for the counts as a loop has to.
+alike). On a GPU it is one kernel in bf16 on Hopper and Blackwell, which does not wait for the counts; for
+other dtypes and devices PyTorch reads them and goes from expert to expert (in 2.13, file GroupedBlas.cpp).
 """
 
 import torch
@@ -43,6 +44,27 @@ def one_call(*operands: Tensor) -> bool:
         and x.shape[-1] * x.element_size() % ALIGNMENT == 0
         for x in operands
     )
+
+
+@torch.compiler.assume_constant_result
+def _has_kernel(device: str) -> bool:
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def no_kernel(device: torch.device, dtype: torch.dtype, *sizes: int) -> str | None:
+    """Why grouped_mm would go from expert to expert on a GPU, waiting for the counts; None where not."""
+    if dtype != torch.bfloat16:
+        return f"PyTorch's grouped_mm has a kernel for bf16 alone, not for {dtype}"
+    if any(size * dtype.itemsize % ALIGNMENT for size in sizes):
+        return f"sizes {sizes} do not fill {ALIGNMENT} bytes, as PyTorch's grouped_mm wants them to"
+    if not _has_kernel(str(device)):
+        return "PyTorch's grouped_mm has a kernel for Hopper and Blackwell alone"
+    return None
+
+
+def needs_gpu(device: torch.device) -> str | None:
+    """Why there is no such kernel on a device."""
+    return None if device.type == "cuda" else "a GPU's kernel; form torch calls grouped_mm here too"
 
 
 def _ends(counts: Tensor, rows: int) -> Tensor:

@@ -9,12 +9,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from triptych.kernels import dispatch
-from triptych.kernels.grouped_mlp import reference
+from triptych.kernels import dispatch, triton_launch
+from triptych.kernels.grouped_linear.products import needs_gpu, no_kernel
+from triptych.kernels.grouped_mlp import examples, reference
 from triptych.kernels.grouped_mlp import torch as fast
-
-dispatch.register("grouped_mlp", dispatch.Form("torch", fast.grouped_mlp))
-dispatch.register("grouped_mlp", dispatch.Form("reference", reference.grouped_mlp))
+from triptych.kernels.library import autocast_dtype
 
 
 def grouped_mlp(
@@ -38,6 +37,8 @@ def grouped_mlp(
     inner channels, as a shard has, gives a part of the sum. Returns (A, C) of x's dtype, or of autocast's.
     Saves x, the weights and what goes into the activation, one or two (A, F); the activation is computed
     again in backward. Experts without rows get gradients of zero, not none.
+    Forms grouped_mm and triton do not wait for the counts on a GPU; triton lets them sum to less than A, and
+    gives the rows after them zeros. Routing weights are `moe_combine`'s, which reads the rows anyway.
     Raises ValueError for what does not fit.
     """
     _check(x, up, down, counts, gate, activation)
@@ -49,8 +50,8 @@ def grouped_mlp(
         if bias is not None and (like is None or bias.shape != like.shape[:2]):
             expected = "left out, as there is no gate" if like is None else tuple(like.shape[:2])
             raise ValueError(f"grouped_mlp: {name} must be {expected}, it is {tuple(bias.shape)}")
-    run = dispatch.choose("grouped_mlp", form, x.device).run
-    return run(x, up, down, counts, gate, up_bias, gate_bias, down_bias, activation)
+    arguments = (x, up, down, counts, gate, up_bias, gate_bias, down_bias, activation)
+    return dispatch.choose("grouped_mlp", form, x.device, *arguments).run(*arguments)
 
 
 def _check(x: Tensor, up: Tensor, down: Tensor, counts: Tensor, gate: Tensor | None, activation: str) -> None:
@@ -79,3 +80,18 @@ def _check(x: Tensor, up: Tensor, down: Tensor, counts: Tensor, gate: Tensor | N
             f"grouped_mlp: counts must be int64 ({up.shape[0]},), one per expert; they are {counts.dtype} "
             f"{tuple(counts.shape)}"
         )
+
+
+def _no_kernel(x: Tensor, up: Tensor, *rest: Tensor | str | None) -> str | None:
+    return no_kernel(x.device, autocast_dtype(x) or x.dtype, *up.shape[1:])
+
+
+# PyTorch's own kernel where it has one, which does not wait for the counts; then ours, which serves the rest;
+# then the loop over experts.
+dispatch.register(
+    "grouped_mlp", dispatch.Form("grouped_mm", fast.grouped_mlp, supports=_no_kernel, installed=needs_gpu)
+)
+dispatch.register("grouped_mlp", triton_launch.form("triptych.kernels.grouped_mlp.triton", "grouped_mlp"))
+dispatch.register("grouped_mlp", dispatch.Form("torch", fast.grouped_mlp))
+dispatch.register("grouped_mlp", dispatch.Form("reference", reference.grouped_mlp))
+dispatch.register_examples("grouped_mlp", grouped_mlp, examples.MAKERS)

@@ -1,150 +1,72 @@
-"""Projection and log-sum-exp in one operator that holds the logits of one chunk of tokens at a time.
-
-N tokens, D hidden size, V vocabulary rows held, starting at global row `start`. Backward computes each
-chunk's logits again from the saved inputs and the log-sum-exp.
-"""
-
-from collections.abc import Iterator
-from typing import Any
+"""The logits of a chunk by PyTorch's operators. n tokens, V vocabulary rows held."""
 
 import torch
 from torch import Tensor
 
-from triptych.kernels.library import define, flop_formula, statistics_dtype
-
-# Logits held at once, in elements: 16 MiB of fp32.
-CHUNK_ELEMENTS = 1 << 22
+from triptych.kernels.linear_cross_entropy.operators import operators
 
 
-def _chunks(tokens: int, vocab: int, chunk_size: int) -> Iterator[slice]:
-    size = chunk_size or max(1, CHUNK_ELEMENTS // vocab)
-    return (slice(i, min(i + size, tokens)) for i in range(0, tokens, size))
+def _cap(logits: Tensor, softcap: float) -> Tensor:
+    """s = c tanh(x / c), in place."""
+    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
 
 
-def _matmul(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """a @ b in out_dtype; on CUDA half-precision products keep the fp32 accumulator."""
-    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(a, b, out_dtype=out_dtype)
-    return torch.mm(a, b).to(out_dtype)
+def _slope(capped: Tensor, softcap: float) -> Tensor | None:
+    """ds / dx = 1 - (s / c)^2."""
+    return 1 - (capped / softcap).square_() if softcap else None
 
 
-def _local(targets: Tensor, start: int, vocab: int) -> tuple[Tensor, Tensor]:
-    """Row of each target within the shard (0 where it is not held) and whether it is held."""
-    local = targets - start
-    held = (local >= 0) & (local < vocab)
-    return local.where(held, 0), held
+def _picked(capped: Tensor, targets: Tensor) -> Tensor:
+    return capped.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1).mul_(targets >= 0)
 
 
-@define("linear_logsumexp")
-def linear_logsumexp_op(
-    hidden: Tensor, weight: Tensor, targets: Tensor, start: int, chunk_size: int, matmul_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp (N,) of hidden @ weight.T and the target's logit (N,), 0 where the target is not held."""
-    dtype = statistics_dtype(hidden, weight)
-    weight_t = weight.to(matmul_dtype).T
-    rows, held = _local(targets, start, weight.shape[0])
-    lse = torch.empty(hidden.shape[0], dtype=dtype, device=hidden.device)
-    picked = torch.empty_like(lse)
-    for chunk in _chunks(hidden.shape[0], weight.shape[0], chunk_size):
-        logits = _matmul(hidden[chunk].to(matmul_dtype), weight_t, dtype)
-        picked[chunk] = logits.gather(1, rows[chunk].unsqueeze(1)).squeeze(1)
-        top = logits.amax(-1, keepdim=True)
-        lse[chunk] = logits.sub_(top).exp_().sum(-1).log_().add_(top.squeeze(-1))
-    return lse, picked.mul_(held)
+def _add_at_target(gradient: Tensor, targets: Tensor, added: Tensor, slope: Tensor | None) -> Tensor:
+    """Add to each row at its target, where it has one, and go through the cap; in place."""
+    gradient.scatter_add_(1, targets.clamp(min=0).unsqueeze(1), (added * (targets >= 0)).unsqueeze(1))
+    return gradient if slope is None else gradient.mul_(slope)
 
 
-@linear_logsumexp_op.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, targets: Tensor, start: int, chunk_size: int, matmul_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    lse = hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(hidden, weight))
-    return lse, torch.empty_like(lse)
+class TorchRows:
+    """`operators.Rows`."""
+
+    def statistics(self, logits: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+        """As in `operators.Rows`."""
+        capped = _cap(logits, softcap)
+        picked = _picked(capped, targets)
+        top = capped.amax(-1, keepdim=True)
+        lse = capped.sub_(top).exp_().sum(-1).log_().add_(top.squeeze(-1))
+        return lse, picked
+
+    def gradient(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        lse: Tensor,
+        dlse: Tensor,
+        dpicked: Tensor,
+        softcap: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """As in `operators.Rows`."""
+        capped = _cap(logits, softcap)
+        slope = _slope(capped, softcap)
+        gradient = capped.sub_(lse.unsqueeze(1)).exp_().mul_(dlse.unsqueeze(1))
+        return _add_at_target(gradient, targets, dpicked, slope).to(dtype)
+
+    def loss_and_gradient(
+        self, logits: Tensor, targets: Tensor, z_loss: float, softcap: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `operators.Rows`."""
+        capped = _cap(logits, softcap)
+        slope = _slope(capped, softcap)
+        picked, top = _picked(capped, targets), capped.amax(-1)
+        gradient = torch.softmax(capped, -1, out=capped)
+        # The largest probability is 1 / sum of e^(s - top).
+        lse = top.sub_(gradient.amax(-1).log_())
+        counted = targets >= 0
+        gradient.mul_((1 + 2 * z_loss * lse).mul_(counted).unsqueeze(1))
+        gradient = _add_at_target(gradient, targets, -torch.ones_like(lse), slope)
+        return (lse - picked + z_loss * lse.square()).where(counted, 0), lse, gradient.to(dtype)
 
 
-@define("linear_logsumexp_backward")
-def linear_logsumexp_backward_op(
-    dlse: Tensor,
-    dpicked: Tensor,
-    lse: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    start: int,
-    chunk_size: int,
-    matmul_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """dhidden and dweight; dlogits = dlse * softmax + dpicked at the target."""
-    dtype = lse.dtype
-    cast = weight.to(matmul_dtype)
-    rows, held = _local(targets, start, weight.shape[0])
-    dpicked = dpicked * held
-    dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    dweight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-    for chunk in _chunks(hidden.shape[0], weight.shape[0], chunk_size):
-        h = hidden[chunk].to(matmul_dtype)
-        dlogits = (
-            _matmul(h, cast.T, dtype).sub_(lse[chunk].unsqueeze(-1)).exp_().mul_(dlse[chunk].unsqueeze(-1))
-        )
-        dlogits.scatter_add_(1, rows[chunk].unsqueeze(1), dpicked[chunk].unsqueeze(1))
-        dlogits = dlogits.to(matmul_dtype)
-        dhidden[chunk] = dlogits @ cast
-        if matmul_dtype == dtype:
-            dweight.addmm_(dlogits.T, h)
-        else:
-            dweight += _matmul(dlogits.T, h, dtype)
-    return dhidden, dweight.to(weight.dtype)
-
-
-@linear_logsumexp_backward_op.register_fake
-def _(
-    dlse: Tensor,
-    dpicked: Tensor,
-    lse: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    start: int,
-    chunk_size: int,
-    matmul_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    hidden, weight, targets, *ctx.options = inputs
-    ctx.save_for_backward(hidden, weight, targets, output[0])
-
-
-def _backward(ctx: Any, dlse: Tensor, dpicked: Tensor) -> tuple[Any, ...]:
-    hidden, weight, targets, lse = ctx.saved_tensors
-    dhidden, dweight = linear_logsumexp_backward_op(dlse, dpicked, lse, hidden, weight, targets, *ctx.options)
-    return dhidden, dweight, None, None, None, None
-
-
-linear_logsumexp_op.register_autograd(_backward, setup_context=_setup)
-
-
-@flop_formula("linear_logsumexp")
-def _flops(hidden: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * hidden[0] * hidden[1] * weight[0]
-
-
-@flop_formula("linear_logsumexp_backward")
-def _flops_backward(
-    dlse: Any, dpicked: Any, lse: Any, hidden: Any, weight: Any, *args: Any, **kwargs: Any
-) -> int:
-    # The logits once more, dhidden and dweight.
-    return 3 * _flops(hidden, weight)
-
-
-def linear_logsumexp(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    start: int,
-    chunk_size: int | None,
-    matmul_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Shapes as in the reference."""
-    return linear_logsumexp_op(hidden, weight, targets, start, chunk_size or 0, matmul_dtype)
+linear_cross_entropy = operators("", TorchRows())

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from triptych.kernels import dispatch
-from triptych.kernels.moe_rows import reference
+from triptych.kernels import dispatch, triton_launch
+from triptych.kernels.moe_rows import examples, reference
 from triptych.kernels.moe_rows import torch as fast
 from triptych.kernels.moe_rows.plan import moe_plan
 
 __all__ = ["moe_combine", "moe_gather", "moe_plan"]
-
-dispatch.register("moe_gather", dispatch.Form("torch", fast.moe_gather))
-dispatch.register("moe_gather", dispatch.Form("reference", reference.moe_gather))
-dispatch.register("moe_combine", dispatch.Form("torch", fast.moe_combine))
-dispatch.register("moe_combine", dispatch.Form("reference", reference.moe_combine))
 
 
 def moe_gather(x: Tensor, tokens: Tensor, slots: Tensor, *, form: str | None = None) -> Tensor:
@@ -61,3 +56,11 @@ def _check(name: str, x: Tensor, expected: str, tokens: Tensor, slots: Tensor) -
             f"{name}: expected {expected}, tokens (A,) and slots (N, K); they are {tuple(x.shape)}, "
             f"{tuple(tokens.shape)} and {tuple(slots.shape)}"
         )
+
+
+for _op in ("moe_gather", "moe_combine"):
+    dispatch.register(_op, triton_launch.form("triptych.kernels.moe_rows.triton", _op))
+    dispatch.register(_op, dispatch.Form("torch", getattr(fast, _op)))
+    dispatch.register(_op, dispatch.Form("reference", getattr(reference, _op)))
+dispatch.register_examples("moe_gather", moe_gather, examples.GATHER_MAKERS)
+dispatch.register_examples("moe_combine", moe_combine, examples.COMBINE_MAKERS)

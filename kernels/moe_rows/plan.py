@@ -6,13 +6,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 @torch.compiler.disable
-def moe_plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def moe_plan(experts: Tensor, num_experts: int, *, all_rows: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Sort choices by expert, those of one expert in the order of their tokens.
 
     experts: int64 (N, K) of 0 .. num_experts; num_experts itself means nowhere. Returns
     tokens: int64 (A,), the token of each row, rows sorted by expert; slots: int64 (N, K), the row of each
     choice, -1 for nowhere; counts: int64 (E,), rows of each expert. A is the number of choices that lead
     somewhere, for which an accelerator is waited for; without values (meta, fake) it is N*K.
+    all_rows: A is N*K, and nothing is waited for. Choices that lead nowhere then have rows after all others,
+    which no slot names, so that no result or gradient depends on them. Of the products of experts,
+    form="triton" takes such rows, past the sum of the counts, and makes zeros of them.
     Outside autograd. Raises ValueError for experts outside their range, which are noticed on the CPU.
     """
     size_n, size_k = experts.shape
@@ -33,7 +36,7 @@ def moe_plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
     order = _stable_order(flat, num_experts)
     slots = torch.empty_like(order)
     slots[order] = torch.arange(order.numel(), device=order.device)
-    rows = order.numel() - int(counts[-1])
+    rows = order.numel() if all_rows else order.numel() - int(counts[-1])
     slots = slots.masked_fill_(flat == num_experts, -1).view(size_n, size_k)
     return order[:rows].div(size_k, rounding_mode="floor"), slots, counts[:-1]
 

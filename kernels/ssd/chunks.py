@@ -3,12 +3,13 @@
 B batch, T length, L chunk size, C chunks in a row, K = B*C chunks in all, H heads, G groups, R = H/G,
 P head dim, N state.
 
-Within a chunk, with q[i] the cumulative log decay up to and with token i (arXiv 2405.21060, section 6):
-    y[i] = sum_{j <= i} exp(q[i] - q[j]) (c[i].b[j]) xdt[j]  +  exp(q[i]) S c[i]  +  d x[i],
-    S'   = exp(q[L-1]) S + sum_j exp(q[L-1] - q[j]) xdt[j] b[j]^T,    xdt = dt x.
-Documents (segment ids) cut the sums by masks; a reset is never a decay of -inf, whose differences would be
-NaN. The score matrix c.b is computed once per group. Tokens beyond T are padding with dt = 0, which leaves
-the state alone.
+Within a chunk, with q[i] the cumulative log2 decay up to and with token i (arXiv 2405.21060, section 6):
+    y[i] = sum_{j <= i} 2^(q[i] - q[j]) (c[i].b[j]) xdt[j]  +  2^q[i] S c[i]  +  d x[i],
+    S'   = 2^q[L-1] S + sum_j 2^(q[L-1] - q[j]) xdt[j] b[j]^T,    xdt = dt x.
+Logarithms are to base 2 as exp2 is cheaper than exp, on CPUs by far. Documents (segment ids) cut the sums by
+masks; a reset is never a decay of -inf, whose differences would be NaN. S is the state of the document of the
+chunk's first token. The score matrix c.b is computed once per group. Tokens beyond T are padding with dt = 0,
+which leaves the state alone.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from triptych.kernels.library import statistics_dtype
 # Elements of the (L, L) decay matrices that exist at a time: bounds memory, and keeps them in a CPU's cache.
 TILE_ELEMENTS = {"cpu": 1 << 19}
 TILE_ELEMENTS_ELSEWHERE = 1 << 26
-# How far in logarithm below the smallest normal number every exponential is 0, subnormal numbers included.
-VANISHED = 40.0
+# How far, in log2, below the smallest normal number every exponential is 0, subnormal numbers included.
+VANISHED = 60.0
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
@@ -51,6 +52,9 @@ class Chunks:
     )
     to_end: Tensor  # (K, L, G, R): decay from each token to the end of the chunk
     through: Tensor  # (B, C, H): decay of the whole chunk
+    continues: (
+        Tensor | None
+    )  # (B, C, 1, 1, 1): 1 where the chunk's first token goes on with a document, else 0
     mask: Tensor  # (1 or K, L, L): -inf where i does not see j, else 0
     matmul_dtype: torch.dtype
 
@@ -88,13 +92,13 @@ class Chunks:
         return [slice(i, min(i + size, k)) for i in range(0, k, size)]
 
     def decays(self, tile: slice) -> Tensor:
-        """exp(q[i] - q[j]) for j <= i of one document, else 0: (tile, G, R, L, L)."""
+        """2^(q[i] - q[j]) for j <= i of one document, else 0: (tile, G, R, L, L)."""
         q = self.cumulative[tile]
         mask = self.mask if self.mask.shape[0] == 1 else self.mask[tile]
         difference = torch.empty(*q.shape, q.shape[-1], dtype=self.dtype, device=q.device)
         torch.sub(q.unsqueeze(-1), q.unsqueeze(-2), out=difference)
         # Masked before the exponential: above the diagonal it would overflow.
-        return difference.add_(mask[:, None, None]).exp_()
+        return difference.add_(mask[:, None, None]).exp2_()
 
     def scores(self, tile: slice) -> Tensor:
         """c[i].b[j]: (tile, G, 1, L, L), once per group."""
@@ -122,22 +126,23 @@ def cut(
     x, dt, b, c = (pad_time(y, padding) for y in (x, dt.to(dtype), b, c))
     shape = (batch * ((length + padding) // size), size)
     # A step whose decay is 0 in this dtype may as well be the mildest such: the sums' rounding stays bounded.
-    log_decay = (dt * a.to(dtype)).clamp_min_(math.log(torch.finfo(dtype).smallest_normal) - VANISHED)
+    least = math.log2(torch.finfo(dtype).smallest_normal) - VANISHED
+    log_decay = (dt * (a.to(dtype) / math.log(2))).clamp_min_(least)
     # Summed in fp64: in fp32 a difference of two sums is off by 1e-7 of the sums, whatever its own size.
     q = log_decay.reshape(*shape, groups, -1).permute(0, 2, 3, 1).double().cumsum(-1)  # (K, G, R, L)
     by_token = q.permute(0, 3, 1, 2)
     last = by_token[:, -1:]
-    from_start, to_end = by_token.exp().to(dtype), (last - by_token).exp().to(dtype)
-    through = last.exp().to(dtype).reshape(batch, -1, heads)
+    from_start, to_end = by_token.to(dtype).exp2(), (last - by_token).to(dtype).exp2()
+    through = last.to(dtype).exp2().reshape(batch, -1, heads)
+    continues = None
     order = torch.arange(size, device=x.device)
     hidden = (order.unsqueeze(1) < order).unsqueeze(0)
     if segments is not None:
         ids = torch.cat([segments, segments[:, -1:].expand(-1, padding)], dim=1).reshape(batch, -1, size)
-        before = torch.cat(
-            [ids[:, :1, :1], ids[:, :-1, -1:]], dim=1
-        )  # document of the token before the chunk
-        through = through * (ids[:, :, -1:] == before)
-        from_start = from_start * (ids == before).view(*shape, 1, 1)
+        first = ids[:, :, :1]
+        continues = F.pad(first[:, 1:] == ids[:, :-1, -1:], (0, 0, 1, 0)).to(dtype)[..., None, None]
+        through = through * (ids[:, :, -1:] == first)
+        from_start = from_start * (ids == first).view(*shape, 1, 1)
         to_end = to_end * (ids == ids[:, :, -1:]).view(*shape, 1, 1)
         ids = ids.reshape(shape)
         hidden = hidden | (ids.unsqueeze(1) != ids.unsqueeze(2))
@@ -150,6 +155,7 @@ def cut(
         from_start=from_start,
         to_end=to_end,
         through=through,
+        continues=continues,
         mask=torch.zeros(hidden.shape, dtype=dtype, device=x.device).masked_fill_(hidden, float("-inf")),
         matmul_dtype=matmul_dtype,
     )

@@ -23,6 +23,21 @@ def _scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor)
     return torch.stack(ys, 1), state
 
 
+def _step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float]) -> Tensor:
+    """Mamba-2's step sizes: bias, softplus (the identity above 20) and clamp."""
+    if bias is not None:
+        dt = dt + bias.to(dt.dtype)
+    if softplus:
+        dt = torch.where(dt > 20, dt, torch.log1p(torch.exp(dt.clamp(max=20))))
+    return dt if limit == (0.0, float("inf")) else dt.clamp(*limit)
+
+
+def _rotate(values: Tensor, turn: Tensor) -> Tensor:
+    """Pairs (i, i + N/2) as complex numbers, times e^(i angle)."""
+    turned = torch.complex(*values.chunk(2, dim=-1)) * turn
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
 def ssd(
     x: Tensor,
     dt: Tensor,
@@ -31,6 +46,11 @@ def ssd(
     c: Tensor,
     *,
     d: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    angles: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk_size: int,
@@ -40,6 +60,10 @@ def ssd(
     dtype = statistics_dtype(x, dt, a)
     batch, length, heads, _ = x.shape
     repeats = heads // b.shape[2]
+    dt = _step_sizes(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
+    if angles is not None:
+        turn = torch.polar(torch.ones_like(angles, dtype=dtype), angles.to(dtype))
+        b, c = (_rotate(y.to(dtype), turn) for y in (b, c))
     inputs = (x, dt, *(y.repeat_interleave(repeats, dim=2) for y in (b, c)))
     flat_x, flat_dt, flat_b, flat_c = (y.to(dtype).flatten(0, 1) for y in inputs)
     bounds = (
@@ -57,4 +81,6 @@ def ssd(
     y = torch.cat(ys).view(x.shape)
     if d is not None:
         y = y + d.to(dtype).unsqueeze(-1) * x.to(dtype)
+    if z is not None:
+        y = y * z.to(dtype) * torch.sigmoid(z.to(dtype))
     return y.to(x.dtype), torch.stack(states) if with_final_state else None

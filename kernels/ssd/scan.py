@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from triptych.kernels.segments import segment_ids
 from triptych.kernels.ssd.chunks import Chunks, cut, pad_time
+from triptych.kernels.ssd.documents import DocumentGradients, Documents
 
 
 def _unpad(values: Tensor, like: Tensor) -> Tensor:
@@ -17,6 +19,11 @@ def _unpad(values: Tensor, like: Tensor) -> Tensor:
     batch, length = like.shape[:2]
     values = values.reshape(batch, -1, *like.shape[2:])[:, :length]
     return values.to(like.dtype).contiguous()
+
+
+def _segments(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+    """The document of each token (B, T)."""
+    return None if cu_seqlens is None else segment_ids(cu_seqlens, x.shape[0], x.shape[1])
 
 
 def forward(
@@ -27,23 +34,44 @@ def forward(
     c: Tensor,
     d: Tensor | None,
     initial_state: Tensor | None,
-    segments: Tensor | None,
+    cu_seqlens: Tensor | None,
     chunk_size: int,
+    with_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, T, H, P), the last state (B, H, P, N) and the states before each chunk (B, C, H, P, N)."""
-    s = cut(x, dt, a, b, c, segments, chunk_size)
+    """y (B, T, H, P), final states (B or docs, H, P, N) and the states before each chunk (B, C, H, P, N).
+
+    with_states: False where documents have neither initial nor final states; of the latter none are returned.
+    """
+    s = cut(x, dt, a, b, c, _segments(x, cu_seqlens), chunk_size)
     state_shape = (*s.through.shape, x.shape[3], b.shape[3])
     added = s.mm(s.grouped(s.x, s.to_end * s.dt).transpose(1, 2), s.b).view(state_shape)
     states = torch.empty_like(added)
-    states[:, 0] = 0.0 if initial_state is None else initial_state
     through = s.through[..., None, None]
-    for k in range(states.shape[1] - 1):
-        torch.addcmul(added[:, k], states[:, k], through[:, k], out=states[:, k + 1])
-    final_state = torch.addcmul(added[:, -1], states[:, -1], through[:, -1])
+    documents = None
+    if cu_seqlens is not None and with_states:
+        documents = Documents(s, cu_seqlens, x.shape[1], initial_state)
+    if s.continues is None:
+        states[:, 0] = 0.0 if initial_state is None else initial_state
+        for k in range(states.shape[1] - 1):
+            torch.addcmul(added[:, k], states[:, k], through[:, k], out=states[:, k + 1])
+        final_state = torch.addcmul(added[:, -1], states[:, -1], through[:, -1])
+    else:
+        states.zero_()
+        if documents is not None:
+            documents.enter(states.flatten(0, 1))
+        for k in range(states.shape[1]):
+            added[:, k].addcmul_(states[:, k], through[:, k])
+            if k + 1 < states.shape[1]:
+                states[:, k + 1].addcmul_(added[:, k], s.continues[:, k + 1])
+        final_state = states.new_empty(0, *state_shape[2:])
+        if documents is not None:
+            final_state = documents.leave(states.flatten(0, 1), added.flatten(0, 1))
     before = states.view(s.b.shape[0], -1, b.shape[3])  # (K*G, R*P, N)
     y = torch.empty(s.x.shape, dtype=s.dtype, device=x.device)
     for tile in s.tiles():
         _outputs(s, tile, before, d, y[tile])
+    if documents is not None:
+        documents.read(y)
     return _unpad(y, x), final_state, states
 
 
@@ -70,28 +98,50 @@ def backward(
     b: Tensor,
     c: Tensor,
     d: Tensor | None,
+    initial_state: Tensor | None,
     states: Tensor,
-    segments: Tensor | None,
+    cu_seqlens: Tensor | None,
     chunk_size: int,
+    with_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of x, dt, a, b, c, d and the initial state, from those of y and the final state."""
-    s = cut(x, dt, a, b, c, segments, chunk_size)
+    s = cut(x, dt, a, b, c, _segments(x, cu_seqlens), chunk_size)
     dy_ = pad_time(dy, -x.shape[1] % s.x.shape[1]).reshape(s.x.shape)
     dy_decayed = s.grouped(dy_, s.from_start)  # (K*G, L, R*P)
     from_outputs = s.mm(dy_decayed.transpose(1, 2), s.c).view(states.shape)
     dstates = torch.empty_like(states)  # of the state after each chunk
-    dstates[:, -1] = 0.0 if dfinal is None else dfinal
     through = s.through[..., None, None]
-    for k in reversed(range(1, states.shape[1])):
-        torch.addcmul(from_outputs[:, k], dstates[:, k], through[:, k], out=dstates[:, k - 1])
-    dinitial = torch.addcmul(from_outputs[:, 0], dstates[:, 0], through[:, 0])
+    packed = None
+    if cu_seqlens is not None and with_states:
+        documents = Documents(s, cu_seqlens, x.shape[1], initial_state)
+        packed = DocumentGradients(documents, states.flatten(0, 1), dfinal)
+    if s.continues is None:
+        dstates[:, -1] = 0.0 if dfinal is None else dfinal
+        for k in reversed(range(1, states.shape[1])):
+            torch.addcmul(from_outputs[:, k], dstates[:, k], through[:, k], out=dstates[:, k - 1])
+        dinitial = torch.addcmul(from_outputs[:, 0], dstates[:, 0], through[:, 0])
+    else:
+        dstates.zero_()
+        if packed is not None:
+            packed.leave(from_outputs.flatten(0, 1), dstates.flatten(0, 1))
+        for k in reversed(range(states.shape[1])):
+            from_outputs[:, k].addcmul_(dstates[:, k], through[:, k])
+            if k:
+                dstates[:, k - 1].addcmul_(from_outputs[:, k], s.continues[:, k])
+        dinitial = states.new_empty(0, *states.shape[2:])
+        if packed is not None:
+            dinitial = packed.enter(from_outputs.flatten(0, 1))
     flat = (s.b.shape[0], -1, b.shape[3])
     grads = _Gradients(s, b.shape[3])
-    # The state that passes a chunk is scaled by exp(q[L-1]).
+    # The state that passes a chunk is scaled by 2^q[L-1]; dq is to the natural logarithm.
     grads.dq[..., -1] += ((states * dstates).sum((-1, -2)) * s.through).view(grads.dq.shape[:3])
     for tile in s.tiles():
         grads.carried(tile, dy_decayed, states.view(flat), dstates.view(flat))
         grads.inside(tile, dy_, d)
+    if packed is not None:
+        packed.heads(dy_, grads.dc)
+        packed.tails(grads.dx, grads.ddt, grads.db)
+        grads.dq += packed.dq
     # Of the log decay dt * a: it is part of q from its own token on.
     dlog = grads.dq.flip(-1).cumsum(-1).flip(-1).to(s.dtype).permute(0, 3, 1, 2)  # (K, L, G, R)
     ddt = grads.ddt + dlog * a.to(s.dtype).view(dlog.shape[2:])
@@ -144,7 +194,7 @@ class _Gradients:
         dscores = dweights.sum(2).view(-1, length, length)
         self.dc[rows] += s.mm(dscores, s.b[rows])
         self.db[rows] += s.mm(dscores.transpose(1, 2), s.c[rows])
-        # exp(q[i] - q[j]) weighs each product: row sums go to q[i], column sums to q[j]. On the diagonal they
+        # 2^(q[i] - q[j]) weighs each product: row sums go to q[i], column sums to q[j]. On the diagonal they
         # cancel, exactly only if left out.
         dweights.mul_(scores).diagonal(dim1=-2, dim2=-1).zero_()
         self.dq[tile] += dweights.sum(-1, dtype=torch.float64).sub_(dweights.sum(-2, dtype=torch.float64))

@@ -7,12 +7,12 @@ documents.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from triptych.kernels.library import define, flop_formula, statistics_dtype
-from triptych.kernels.segments import document_bounds, segment_ids
 from triptych.kernels.ssd import scan
+from triptych.kernels.ssd.inputs import rotate, step_sizes
+from triptych.kernels.swiglu.torch import swiglu_op
 
 
 @define("ssd")
@@ -24,11 +24,22 @@ def ssd_op(
     c: Tensor,
     d: Tensor | None,
     initial_state: Tensor | None,
-    segments: Tensor | None,
+    cu_seqlens: Tensor | None,
     chunk_size: int,
+    with_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, T, H, P), final state (B, H, P, N), states before each chunk (B, C, H, P, N)."""
-    return scan.forward(x, dt, a, b, c, d, initial_state, segments, chunk_size)
+    """y (B, T, H, P), final states (B or docs, H, P, N), states before each chunk (B, C, H, P, N).
+
+    with_states: whether packed documents have initial or final states; if not, final states has no rows.
+    """
+    return scan.forward(x, dt, a, b, c, d, initial_state, cu_seqlens, chunk_size, with_states)
+
+
+def _state_count(x: Tensor, cu_seqlens: Tensor | None, with_states: bool) -> int:
+    """Rows, or documents that have states."""
+    if cu_seqlens is None:
+        return x.shape[0]
+    return cu_seqlens.shape[0] - 1 if with_states else 0
 
 
 @ssd_op.register_fake
@@ -40,14 +51,15 @@ def _(
     c: Tensor,
     d: Tensor | None,
     initial_state: Tensor | None,
-    segments: Tensor | None,
+    cu_seqlens: Tensor | None,
     chunk_size: int,
+    with_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, heads, head_dim = x.shape
+    batch, length = x.shape[:2]
     size = min(chunk_size, length)
-    dtype = statistics_dtype(x, dt, a)
-    final_state = x.new_empty(batch, heads, head_dim, b.shape[3], dtype=dtype)
-    states = x.new_empty(batch, (length + size - 1) // size, heads, head_dim, b.shape[3], dtype=dtype)
+    dtype, state_shape = statistics_dtype(x, dt, a), (*x.shape[2:], b.shape[3])
+    final_state = x.new_empty(_state_count(x, cu_seqlens, with_states), *state_shape, dtype=dtype)
+    states = x.new_empty(batch, (length + size - 1) // size, *state_shape, dtype=dtype)
     return x.new_empty(x.shape), final_state, states
 
 
@@ -61,12 +73,16 @@ def ssd_backward_op(
     b: Tensor,
     c: Tensor,
     d: Tensor | None,
+    initial_state: Tensor | None,
     states: Tensor,
-    segments: Tensor | None,
+    cu_seqlens: Tensor | None,
     chunk_size: int,
+    with_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, a, b, c, d (empty where there is no d) and the initial state."""
-    *grads, dd, dinitial = scan.backward(dy, dfinal, x, dt, a, b, c, d, states, segments, chunk_size)
+    *grads, dd, dinitial = scan.backward(
+        dy, dfinal, x, dt, a, b, c, d, initial_state, states, cu_seqlens, chunk_size, with_states
+    )
     dx, ddt, da, db, dc = grads
     return dx, ddt, da, db, dc, a.new_empty(0) if dd is None else dd, dinitial
 
@@ -81,37 +97,40 @@ def _(
     b: Tensor,
     c: Tensor,
     d: Tensor | None,
+    initial_state: Tensor | None,
     states: Tensor,
-    segments: Tensor | None,
+    cu_seqlens: Tensor | None,
     chunk_size: int,
+    with_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dd = a.new_empty(0) if d is None else d.new_empty(d.shape)
     dx, ddt, da, db, dc = (y.new_empty(y.shape) for y in (x, dt, a, b, c))
-    return dx, ddt, da, db, dc, dd, states.new_empty(states[:, 0].shape)
+    dinitial = states.new_empty(_state_count(x, cu_seqlens, with_states), *states.shape[2:])
+    return dx, ddt, da, db, dc, dd, dinitial
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, dt, a, b, c, d, initial_state, segments, ctx.chunk_size = inputs
+    x, dt, a, b, c, d, initial_state, cu_seqlens, ctx.chunk_size, ctx.with_states = inputs
     ctx.initial_dtype = None if initial_state is None else initial_state.dtype
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, dt, a, b, c, d, output[2], segments)
+    # Rows' initial states are the states before their first chunks.
+    kept = None if cu_seqlens is None else initial_state
+    ctx.save_for_backward(x, dt, a, b, c, d, kept, output[2], cu_seqlens)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    x, dt, a, b, c, d, states, segments = ctx.saved_tensors
+    saved = ctx.saved_tensors
     if dy is None:
-        dy = torch.zeros_like(x)
-    dx, ddt, da, db, dc, dd, dinitial = ssd_backward_op(
-        dy, dfinal, x, dt, a, b, c, d, states, segments, ctx.chunk_size
-    )
+        dy = torch.zeros_like(saved[0])
+    *grads, dd, dinitial = ssd_backward_op(dy, dfinal, *saved, ctx.chunk_size, ctx.with_states)
     dstate = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
-    return dx, ddt, da, db, dc, None if d is None else dd, dstate, None, None
+    return *grads, None if saved[5] is None else dd, dstate, None, None, None
 
 
 ssd_op.register_autograd(_backward, setup_context=_setup)
 
 
-def _products(x: Any, b: Any, chunk_size: int) -> tuple[int, int, int]:
+def products(x: Any, b: Any, chunk_size: int) -> tuple[int, int, int]:
     """FLOPs of the three kinds of matmul: scores (L, N, L), weights (L, L, P) and states (L, P, N)."""
     batch, length, heads, head_dim = x
     groups, state = b[2], b[3]
@@ -133,11 +152,12 @@ def _flops(
     c: Any,
     d: Any,
     initial: Any,
-    segments: Any,
+    cu_seqlens: Any,
     chunk_size: int,
+    *rest: Any,
     **kwargs: Any,
 ) -> int:
-    scores, weights, states = _products(x, b, chunk_size)
+    scores, weights, states = products(x, b, chunk_size)
     return scores + weights + 2 * states
 
 
@@ -151,55 +171,16 @@ def _flops_backward(
     b: Any,
     c: Any,
     d: Any,
+    initial: Any,
     states: Any,
-    segments: Any,
+    cu_seqlens: Any,
     chunk_size: int,
+    *rest: Any,
     **kwargs: Any,
 ) -> int:
-    scores, weights, state = _products(x, b, chunk_size)
+    scores, weights, state = products(x, b, chunk_size)
     # Scores again, db and dc from them; dweights and dx; from the states dstates, dc, db, dx, and y for dq.
     return 3 * scores + 2 * weights + 5 * state
-
-
-def _document_states(
-    y: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor,
-    with_final_state: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Add to y what each packed document's own initial state gives, and find its final state.
-
-    The scan is linear, so both are sums over the document's tokens; autograd by PyTorch, a document at a
-    time.
-    """
-    dtype = statistics_dtype(x, dt, a)
-    repeats = x.shape[2] // b.shape[2]
-    flat_x, flat_dt = x.flatten(0, 1).to(dtype), dt.flatten(0, 1).to(dtype)
-    flat_b, flat_c = (g.flatten(0, 1).to(dtype) for g in (b, c))
-    outputs, finals = [], []
-    for i, (start, end) in enumerate(document_bounds(cu_seqlens)):
-        log_decay = flat_dt[start:end] * a.to(dtype)  # (T, H)
-        if initial_state is not None:
-            state = initial_state[i].to(dtype)
-            read = torch.einsum("tgn,grpn->tgrp", flat_c[start:end], state.unflatten(0, (-1, repeats)))
-            outputs.append(read.flatten(1, 2) * log_decay.cumsum(0).exp().unsqueeze(-1))
-        if with_final_state:
-            # Summed from the end, so that the decays of the last tokens are exact.
-            after = F.pad(log_decay[1:].flip(0).cumsum(0).flip(0), (0, 0, 0, 1))
-            scaled = flat_x[start:end] * (flat_dt[start:end] * after.exp()).unsqueeze(-1)
-            final = torch.einsum("tgrp,tgn->grpn", scaled.unflatten(1, (-1, repeats)), flat_b[start:end])
-            final = final.flatten(0, 1)
-            if initial_state is not None:
-                final = final + log_decay.sum(0).exp()[:, None, None] * state
-            finals.append(final)
-    if initial_state is not None:
-        y = (y.to(dtype) + torch.cat(outputs).view(y.shape)).to(y.dtype)
-    return y, torch.stack(finals) if with_final_state else None
 
 
 def ssd(
@@ -210,17 +191,19 @@ def ssd(
     c: Tensor,
     *,
     d: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    angles: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk_size: int,
     with_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Shapes as in the public function."""
-    if cu_seqlens is None:
-        y, final_state, _ = ssd_op(x, dt, a, b, c, d, initial_state, None, chunk_size)
-        return y, final_state
-    segments = segment_ids(cu_seqlens, x.shape[0], x.shape[1])
-    y, _, _ = ssd_op(x, dt, a, b, c, d, None, segments, chunk_size)
-    if initial_state is None and not with_final_state:
-        return y, None
-    return _document_states(y, x, dt, a, b, c, initial_state, cu_seqlens, with_final_state)
+    dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, statistics_dtype(x, dt, a))
+    b, c = rotate(b, angles), rotate(c, angles)
+    with_states = with_final_state or initial_state is not None
+    y, final_state, _ = ssd_op(x, dt, a, b, c, d, initial_state, cu_seqlens, chunk_size, with_states)
+    return (y if z is None else swiglu_op(z.to(x.dtype), y)), final_state if with_final_state else None

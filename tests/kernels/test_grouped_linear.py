@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from triptych.kernels import grouped_linear, grouped_mlp
+from triptych.kernels import dispatch, grouped_linear, grouped_mlp
 from triptych.kernels.grouped_linear import products
 
 # fp32: sums of some tens of terms in another order. bf16: rounding of intermediate results.
@@ -62,6 +62,94 @@ def test_linear_is_the_loop(
     agree(grouped_linear, plain, linear_inputs(counts, sizes, torch.float32, bias), FP32)
 
 
+@pytest.mark.parametrize("counts", [*COUNTS, [33, 0, 70]])
+@pytest.mark.parametrize("bias", [True, False])
+def test_triton_linear_is_the_loop(agree: Callable[..., None], counts: list[int], bias: bool) -> None:
+    plain, ours = (partial(grouped_linear, form=form) for form in ("reference", "triton"))
+    agree(ours, plain, linear_inputs(counts, (37, 19), torch.float64, bias))
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize(("activation", "bias"), [("swiglu", True), ("swiglu", False), ("gelu", True)])
+def test_triton_mlp_is_the_loop(
+    agree: Callable[..., None], counts: list[int], activation: str, bias: bool
+) -> None:
+    plain, ours = (partial(grouped_mlp, activation=activation, form=form) for form in ("reference", "triton"))
+    agree(ours, plain, mlp_inputs(counts, activation, torch.float64, bias, (5, 19)))
+
+
+def test_several_tiles_each_way(agree: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows, outputs and inputs, and more groups of them than one."""
+    module = pytest.importorskip("triptych.kernels.grouped_linear.triton")
+    monkeypatch.setattr(module, "GROUP", 2)
+    monkeypatch.setattr(module, "block_m", lambda rows, experts: 16)
+    whole = module.constants
+
+    def small(*sizes: Any) -> dict[str, Any]:
+        return whole(*sizes) | {"BLOCK_N": 16, "BLOCK_K": 16}
+
+    monkeypatch.setattr(module, "constants", small)
+    plain, ours = (partial(grouped_linear, form=form) for form in ("reference", "triton"))
+    agree(ours, plain, linear_inputs([0, 35, 17, 0, 3], (35, 40), torch.float64))
+
+
+def test_strided_inputs(agree: Callable[..., None]) -> None:
+    plain = partial(grouped_linear, form="reference")
+
+    def strided(x: Tensor, weight: Tensor, **rest: Tensor) -> Tensor:
+        weight = weight.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+        return grouped_linear(x.mT.contiguous().mT, weight, form="triton", **rest)
+
+    agree(strided, plain, linear_inputs([3, 4], (5, 7), torch.float64))
+
+    def strided_mlp(x: Tensor, down: Tensor, **rest: Tensor) -> Tensor:
+        return grouped_mlp(x.mT.contiguous().mT, down=down.mT.contiguous().mT, form="triton", **rest)
+
+    inputs = mlp_inputs([3, 4], "swiglu", torch.float64, bias=False)
+    agree(strided_mlp, partial(grouped_mlp, form="reference"), inputs)
+
+
+@pytest.mark.parametrize("function", [grouped_linear, grouped_mlp])
+def test_rows_of_no_expert_give_zeros(agree: Callable[..., None], function: Callable[..., Tensor]) -> None:
+    """Whatever stands in them."""
+    if function is grouped_linear:
+        inputs = linear_inputs([3, 0, 5], (8, 6), torch.float64)
+    else:
+        inputs = mlp_inputs([3, 0, 5], "swiglu", torch.float64, bias=True)
+
+    def longer(x: Tensor, **rest: Tensor) -> Tensor:
+        more = torch.full((20, x.shape[1]), torch.inf, dtype=x.dtype, requires_grad=True)
+        y = function(torch.cat([x, more]), form="triton", **rest)
+        assert not y[8:].any()
+        y.sum().backward(retain_graph=True)
+        assert more.grad is not None and not more.grad.any()
+        for leaf in (x, *rest.values()):
+            leaf.grad = None
+        return y[:8]
+
+    agree(longer, partial(function, form="reference"), inputs)
+
+
+@pytest.mark.parametrize("op", ["grouped_linear", "grouped_mlp"])
+def test_self_check(op: str) -> None:
+    # The interpreter multiplies the bits of bf16 as if they were whole numbers.
+    for form, dtype in (("torch", torch.bfloat16), ("triton", torch.float16)):
+        found = dispatch.check(op, form, torch.device("cpu"), dtype)
+        assert len(found) >= 2 and not any(found.values()), found
+
+
+def test_who_serves_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(products, "_has_kernel", lambda device: True)
+    assert products.no_kernel(gpu, torch.bfloat16, 64, 8) is None
+    assert "bf16 alone, not for torch.float16" in str(products.no_kernel(gpu, torch.float16, 64, 8))
+    assert "do not fill 16 bytes" in str(products.no_kernel(gpu, torch.bfloat16, 64, 9))
+    monkeypatch.setattr(products, "_has_kernel", lambda device: False)
+    assert "Hopper and Blackwell" in str(products.no_kernel(gpu, torch.bfloat16, 64, 8))
+    with pytest.raises(RuntimeError, match="form='grouped_mm' cannot run on cpu: a GPU's kernel"):
+        grouped_linear(**linear_inputs([3], (8, 8), torch.bfloat16), form="grouped_mm")
+
+
 def test_fp32_of_aligned_sizes_is_one_call_and_others_are_not() -> None:
     aligned = linear_inputs([3, 4], (8, 16), torch.float32)
     assert products.one_call(aligned["x"], aligned["weight"])
@@ -94,13 +182,14 @@ def test_mlp_is_the_loop(agree: Callable[..., None], counts: list[int], activati
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_no_rows_at_all(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("form", ["torch", "triton"])
+def test_no_rows_at_all(dtype: torch.dtype, form: str) -> None:
     for function, inputs in (
         (grouped_linear, linear_inputs([0, 0], (8, 16), dtype)),
         (grouped_mlp, mlp_inputs([0, 0], "swiglu", dtype, bias=True)),
     ):
         leaves = {k: v.requires_grad_(v.is_floating_point()) for k, v in inputs.items()}
-        y = function(**leaves)
+        y = function(**leaves, form=form)
         assert y.shape == (0, 16 if function is grouped_linear else 8)
         y.sum().backward()
         for name, leaf in leaves.items():
@@ -267,17 +356,18 @@ def test_compiled() -> None:
     torch.testing.assert_close(compiled(**inputs), expected)
 
 
-def test_registered_operators() -> None:
+@pytest.mark.parametrize("suffix", ["", "_triton"])
+def test_registered_operators(suffix: str) -> None:
+    if suffix:
+        pytest.importorskip("triptych.kernels.grouped_mlp.triton")
     one = mlp_inputs([3, 0, 5], "swiglu", torch.float32, bias=True)
-    for op, args in (
-        (torch.ops.triptych.grouped_linear, (one["x"], one["up"], one["counts"], one["up_bias"])),
-        (
-            torch.ops.triptych.grouped_mlp,
-            (one["x"], one["up"], one["down"], one["counts"], one["gate"], None, one["gate_bias"], None),
-        ),
+    biases = (None, one["gate_bias"], None)
+    for name, args in (
+        ("grouped_linear", (one["x"], one["up"], one["counts"], one["up_bias"])),
+        ("grouped_mlp", (one["x"], one["up"], one["down"], one["counts"], one["gate"], *biases)),
     ):
         leaves = [a.clone().requires_grad_() if a is not None and a.is_floating_point() else a for a in args]
-        torch.library.opcheck(op.default, leaves)
+        torch.library.opcheck(getattr(torch.ops.triptych, name + suffix).default, leaves)
 
 
 def test_what_does_not_fit() -> None:

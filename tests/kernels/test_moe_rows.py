@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from triptych.kernels import moe_combine, moe_gather, moe_plan
+from triptych.kernels import dispatch, grouped_mlp, moe_combine, moe_gather, moe_plan
 from triptych.kernels.moe_rows import plan
 
 EXPERTS = 5
@@ -66,29 +66,95 @@ def test_plan_refuses_experts_that_do_not_exist(bad: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_gather_and_combine_are_indexing(agree: Callable[..., None], kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("form", "dtype"), [("torch", torch.float64), ("torch", torch.float32), ("triton", torch.float64)]
+)
+def test_gather_and_combine_are_indexing(
+    agree: Callable[..., None], kind: str, dtype: torch.dtype, form: str
+) -> None:
     experts = choices(kind)
     tokens, slots, _ = moe_plan(experts, EXPERTS)
     tolerance = 1e-12 if dtype == torch.float64 else FP32
     if kind != "nowhere":
         x = {"x": torch.randn(experts.shape[0], 7, dtype=dtype), "tokens": tokens, "slots": slots}
-        agree(moe_gather, partial(moe_gather, form="reference"), x, tolerance)
+        agree(partial(moe_gather, form=form), partial(moe_gather, form="reference"), x, tolerance)
     rows = {
         "rows": torch.randn(tokens.shape[0], 7, dtype=dtype),
         "weights": torch.rand(experts.shape, dtype=dtype),
         "slots": slots,
         "tokens": tokens,
     }
-    agree(moe_combine, partial(moe_combine, form="reference"), rows, tolerance)
+    agree(partial(moe_combine, form=form), partial(moe_combine, form="reference"), rows, tolerance)
 
 
-def test_no_rows_at_all_have_gradients_of_zero() -> None:
+def test_rows_longer_than_a_block(agree: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("triptych.kernels.moe_rows.triton")
+    monkeypatch.setattr(module, "LARGEST_BLOCK", 16)
+    tokens, slots, _ = moe_plan(choices("dropped", tokens=7), EXPERTS)
+
+    def both(x: Tensor, weights: Tensor, form: str) -> Tensor:
+        return moe_combine(moe_gather(x, tokens, slots, form=form), weights, slots, tokens, form=form)
+
+    inputs = {"x": torch.randn(7, 37, dtype=torch.float64), "weights": torch.rand(7, 3, dtype=torch.float64)}
+    agree(partial(both, form="triton"), partial(both, form="reference"), inputs)
+
+
+def test_strided_rows(agree: Callable[..., None]) -> None:
+    tokens, slots, _ = moe_plan(choices("all", tokens=7), EXPERTS)
+
+    def both(x: Tensor, weights: Tensor) -> Tensor:
+        rows = moe_gather(x.mT.contiguous().mT, tokens, slots, form="triton").mT.contiguous().mT
+        return moe_combine(rows, weights.mT.contiguous().mT, slots, tokens, form="triton")
+
+    def plain(x: Tensor, weights: Tensor) -> Tensor:
+        return x * weights.sum(1, keepdim=True)
+
+    agree(both, plain, {"x": torch.randn(7, 5).double(), "weights": torch.rand(7, 3).double()})
+
+
+@pytest.mark.parametrize("op", ["moe_gather", "moe_combine"])
+def test_self_check(op: str) -> None:
+    for form in ("torch", "triton"):
+        found = dispatch.check(op, form, torch.device("cpu"), torch.bfloat16)
+        assert set(found) == {"plain", "some nowhere"} and not any(found.values()), found
+
+
+def test_plan_of_all_rows() -> None:
+    experts = choices("dropped")
+    tokens, slots, counts = moe_plan(experts, EXPERTS, all_rows=True)
+    fewer, same_slots, same_counts = moe_plan(experts, EXPERTS)
+    assert tokens.shape[0] == experts.numel() > fewer.shape[0] == int(counts.sum())
+    assert torch.equal(tokens[: fewer.shape[0]], fewer)
+    assert torch.equal(slots, same_slots) and torch.equal(counts, same_counts)
+
+
+def test_all_rows_give_what_those_of_experts_do(agree: Callable[..., None]) -> None:
+    """A layer of experts that never looks at the counts, whatever stands in the rows of no expert."""
+    experts = choices("dropped")
+
+    def layer(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, all_rows: bool, form: str) -> Tensor:
+        tokens, slots, counts = moe_plan(experts, EXPERTS, all_rows=all_rows)
+        rows = moe_gather(x, tokens, slots, form=form)
+        rows = grouped_mlp(rows, up, down, counts, activation="gelu", form=form)
+        return moe_combine(rows, weights, slots, tokens, form=form)
+
+    inputs = {
+        "x": torch.randn(experts.shape[0], 6, dtype=torch.float64),
+        "weights": torch.rand(experts.shape, dtype=torch.float64),
+        "up": torch.randn(EXPERTS, 9, 6, dtype=torch.float64),
+        "down": torch.randn(EXPERTS, 6, 9, dtype=torch.float64),
+    }
+    ours = partial(layer, all_rows=True, form="triton")
+    agree(ours, partial(layer, all_rows=False, form="reference"), inputs)
+
+
+@pytest.mark.parametrize("form", ["torch", "triton"])
+def test_no_rows_at_all_have_gradients_of_zero(form: str) -> None:
     tokens, slots, _ = moe_plan(choices("nowhere"), EXPERTS)
     x, weights = torch.randn(23, 7, requires_grad=True), torch.rand(23, 3, requires_grad=True)
-    rows = moe_gather(x, tokens, slots)
+    rows = moe_gather(x, tokens, slots, form=form)
     assert rows.shape == (0, 7)
-    y = moe_combine(rows, weights, slots, tokens)
+    y = moe_combine(rows, weights, slots, tokens, form=form)
     assert not y.any()
     y.sum().backward()
     for leaf in (x, weights):
@@ -117,8 +183,9 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(there_and_back, (x, weights))
 
 
-def test_bf16_rows_with_fp32_weights(accurate: Callable[..., None]) -> None:
-    experts = choices("dropped", tokens=40)
+@pytest.mark.parametrize("form", ["torch", "triton"])
+def test_bf16_rows_with_fp32_weights(accurate: Callable[..., None], form: str) -> None:
+    experts = choices("dropped")
     tokens, slots, _ = moe_plan(experts, EXPERTS)
     inputs = {
         "rows": torch.randn(tokens.shape[0], 16).bfloat16(),
@@ -126,18 +193,19 @@ def test_bf16_rows_with_fp32_weights(accurate: Callable[..., None]) -> None:
         "slots": slots,
         "tokens": tokens,
     }
-    y = moe_combine(**inputs)
-    assert y.dtype == torch.bfloat16
-    accurate(moe_combine, partial(moe_combine, form="reference"), inputs, BF16)
+    ours = partial(moe_combine, form=form)
+    assert ours(**inputs).dtype == torch.bfloat16
+    accurate(ours, partial(moe_combine, form="reference"), inputs, BF16)
 
 
-def test_a_slot_without_row_reads_nothing() -> None:
+@pytest.mark.parametrize("form", ["torch", "triton"])
+def test_a_slot_without_row_reads_nothing(form: str) -> None:
     """Whatever stands in row 0, and whatever the weight of the missing slot."""
     experts = torch.tensor([[0, 1], [EXPERTS, EXPERTS]])
     tokens, slots, _ = moe_plan(experts, EXPERTS)
     rows = torch.full((2, 4), torch.inf, requires_grad=True)
     weights = torch.tensor([[1.0, 1.0], [torch.nan, torch.inf]], requires_grad=True)
-    y = moe_combine(rows, weights, slots, tokens)
+    y = moe_combine(rows, weights, slots, tokens, form=form)
     assert y[0].isinf().all() and not y[1].any()
     y.backward(torch.ones_like(y))
     assert weights.grad is not None and not weights.grad[1].any()
@@ -180,12 +248,16 @@ def test_without_values(mode: str) -> None:
     assert weights.grad is not None and weights.grad.shape == weights.shape
 
 
-def test_registered_operators() -> None:
+@pytest.mark.parametrize("suffix", ["", "_triton"])
+def test_registered_operators(suffix: str) -> None:
+    if suffix:
+        pytest.importorskip("triptych.kernels.moe_rows.triton")
     tokens, slots, _ = moe_plan(choices("dropped"), EXPERTS)
     x, rows = (torch.randn(n, 7, requires_grad=True) for n in (slots.shape[0], tokens.shape[0]))
     weights = torch.rand(slots.shape, requires_grad=True)
-    torch.library.opcheck(torch.ops.triptych.moe_gather.default, (x, tokens, slots))
-    torch.library.opcheck(torch.ops.triptych.moe_combine.default, (rows, weights, slots, tokens))
+    gather, combine = (getattr(torch.ops.triptych, f"moe_{name}{suffix}") for name in ("gather", "combine"))
+    torch.library.opcheck(gather.default, (x, tokens, slots))
+    torch.library.opcheck(combine.default, (rows, weights, slots, tokens))
 
 
 def test_shapes_that_do_not_fit() -> None:
