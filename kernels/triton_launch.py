@@ -2,8 +2,8 @@
 only.
 
 Triton is imported at the first launch and not before: a machine without it, or without a GPU, imports this
-room at no cost. Nothing here tunes itself: sizes of blocks are functions of shapes and dtypes, so that a run's
-results do not depend on what a timer said.
+room at no cost. Nothing here tunes itself: sizes of blocks are functions of shapes and dtypes, so that what
+comes out does not depend on what a timer said.
 """
 
 from __future__ import annotations

@@ -201,7 +201,8 @@ def _extras(kept: Sequence[Kept], difference: int) -> list[Term]:
     """Name the `difference` between what is kept and the formula."""
     sizes: dict[str, int] = defaultdict(int)
     for one in kept:
-        if one.op.endswith("native_layer_norm") and one.shape[-1] == 1:
+        # (B, T): mean and rstd; the norm's output has channels besides.
+        if one.op == "triptych.layer_norm" and len(one.shape) == 2:
             sizes[LAYER_NORM_STATISTICS] += one.num_bytes
         elif one.dtype == "int64" and len(one.shape) == 1:
             sizes[SAMPLE_KEYS] += one.num_bytes

@@ -180,11 +180,10 @@ def bench_kernels(
     """
     check_options(repeats, threads)
     make_importable()
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if place.type not in ("cpu", "cuda") or (place.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(
-            f"device={device!r} is not here; use 'cpu'" + (" or 'cuda'" if torch.cuda.is_available() else "")
-        )
+    there = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if device not in (None, *there):
+        raise ValueError(f"device={device!r} is not here; use one of {there}")
+    place = torch.device(device or there[-1])
     kind = _dtype(dtype or ("bfloat16" if place.type == "cuda" else "float32"))
     wanted = chosen(ops)
     _check_names(against, wanted)

@@ -10,10 +10,11 @@ from torch import Tensor
 from triptych.kernels import dispatch, external_packages
 from triptych.kernels.attention import examples, external, flex, reference, sdpa, varlen
 from triptych.kernels.attention.masks import clip, sides
-from triptych.kernels.library import autocast_dtype
+from triptych.kernels.library import autocast_dtype, operator
 from triptych.kernels.segments import check_cu_seqlens
 
 
+@operator(integers=("cu_seqlens",), free=("mask",))
 def attention(
     q: Tensor,
     k: Tensor,
@@ -89,11 +90,6 @@ def _check(
         raise ValueError(
             f"attention: {k.shape[2]} key/value heads do not divide {q.shape[2]} heads; use a divisor"
         )
-    if not all(x.is_floating_point() for x in (q, k, v)):
-        raise ValueError(f"attention: q, k, v must be floating, they are {q.dtype}, {k.dtype}, {v.dtype}")
-    for name, other in {"k": k, "v": v, "sink": sink, "mask": mask}.items():
-        if other is not None and other.device != q.device:
-            raise ValueError(f"attention: {name} is on {other.device} and q on {q.device}; move {name}")
     if causal and k.shape[1] < q.shape[1]:
         raise ValueError(
             f"attention: causal needs S >= T, the last query meets the last key; they are {shapes}"
@@ -101,11 +97,8 @@ def _check(
     _check_window(window, causal)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"attention: softcap={softcap} must be above 0; None means no cap")
-    if sink is not None and (sink.shape != (q.shape[2],) or not sink.is_floating_point()):
-        raise ValueError(
-            f"attention: sink must be floating, (H,) = ({q.shape[2]},); "
-            f"it is {sink.dtype}, {tuple(sink.shape)}"
-        )
+    if sink is not None and sink.shape != (q.shape[2],):
+        raise ValueError(f"attention: sink must be (H,) = ({q.shape[2]},), it is {tuple(sink.shape)}")
     if mask is not None:
         _check_mask(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
     if cu_seqlens is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from triptych.kernels import dispatch, external_packages, triton_launch
 from triptych.kernels.causal_conv1d import examples, external, reference
 from triptych.kernels.causal_conv1d import torch as fast
+from triptych.kernels.library import operator
 from triptych.kernels.segments import check_cu_seqlens
 
 MAX_TAPS_OF_TRITON = 4
@@ -44,6 +45,7 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@operator()
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from triptych.kernels.dropout.torch import dropout_op
+from triptych.kernels.library import operator
 
 
+@operator(integers=("keys",))
 def dropout(x: Tensor, p: float, keys: Tensor, *, start: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
     """Zero each element with probability p and scale the rest by 1/(1-p).
 

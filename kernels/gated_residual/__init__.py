@@ -10,8 +10,10 @@ from triptych.kernels import dispatch, triton_launch
 from triptych.kernels.gated_residual import examples, reference
 from triptych.kernels.gated_residual import torch as fast
 from triptych.kernels.layer_norm.lines import modulated_lines, too_long
+from triptych.kernels.library import operator
 
 
+@operator()
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, form: str | None = None) -> Tensor:
     """x + gate * y, the gated residual of adaLN-Zero (arXiv 2212.09748).
 

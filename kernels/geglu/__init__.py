@@ -7,9 +7,11 @@ from torch import Tensor
 from triptych.kernels import dispatch, external_packages, triton_launch
 from triptych.kernels.geglu import examples, reference
 from triptych.kernels.geglu import torch as fast
+from triptych.kernels.library import operator
 from triptych.kernels.swiglu import liger_supports
 
 
+@operator()
 def geglu(gate: Tensor, up: Tensor, *, form: str | None = None) -> Tensor:
     """gelu(gate) * up (arXiv 2002.05202), GELU in its tanh form (arXiv 1606.08415), computed in fp32 at
     least, in the inputs' common dtype.

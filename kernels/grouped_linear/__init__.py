@@ -8,9 +8,10 @@ from triptych.kernels import dispatch, triton_launch
 from triptych.kernels.grouped_linear import examples, reference
 from triptych.kernels.grouped_linear import torch as fast
 from triptych.kernels.grouped_linear.products import needs_gpu, no_kernel
-from triptych.kernels.library import autocast_dtype
+from triptych.kernels.library import autocast_dtype, operator
 
 
+@operator(integers=("counts",))
 def grouped_linear(
     x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None, *, form: str | None = None
 ) -> Tensor:

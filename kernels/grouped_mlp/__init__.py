@@ -13,9 +13,10 @@ from triptych.kernels import dispatch, triton_launch
 from triptych.kernels.grouped_linear.products import needs_gpu, no_kernel
 from triptych.kernels.grouped_mlp import examples, reference
 from triptych.kernels.grouped_mlp import torch as fast
-from triptych.kernels.library import autocast_dtype
+from triptych.kernels.library import autocast_dtype, operator
 
 
+@operator(integers=("counts",))
 def grouped_mlp(
     x: Tensor,
     up: Tensor,

@@ -7,8 +7,10 @@ from torch import Tensor
 from triptych.kernels import dispatch
 from triptych.kernels.haar import examples, reference
 from triptych.kernels.haar import torch as fast
+from triptych.kernels.library import operator
 
 
+@operator()
 def haar(x: Tensor, levels: int, *, form: str | None = None) -> Tensor:
     """Orthonormal 2-D Haar transform, each level of every subband of the one before (a wavelet packet).
 
@@ -33,6 +35,7 @@ def haar(x: Tensor, levels: int, *, form: str | None = None) -> Tensor:
     return dispatch.choose("haar", form, x.device).run(x, levels)
 
 
+@operator()
 def inverse_haar(coefficients: Tensor, levels: int, *, form: str | None = None) -> Tensor:
     """The inverse of `haar`, (B, S, h, w, C) -> (B, H, W, C). Raises ValueError unless S is 4^levels."""
     if levels < 1 or coefficients.dim() != 5 or coefficients.shape[1] != 4**levels:

@@ -10,10 +10,12 @@ from triptych.kernels import dispatch, external_packages, triton_launch
 from triptych.kernels.layer_norm import examples, reference
 from triptych.kernels.layer_norm import torch as fast
 from triptych.kernels.layer_norm.lines import modulated_lines, too_long
+from triptych.kernels.library import operator
 
 _LIGER_DTYPES = ("torch.float32", "torch.float16", "torch.bfloat16")
 
 
+@operator()
 def layer_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -38,6 +40,7 @@ def layer_norm(
     return dispatch.choose("layer_norm", form, x.device, *arguments).run(*arguments)
 
 
+@operator()
 def modulated_layer_norm(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, form: str | None = None
 ) -> Tensor:

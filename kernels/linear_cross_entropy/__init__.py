@@ -6,7 +6,7 @@ from torch import Tensor, promote_types
 from torch.compiler import is_compiling
 
 from triptych.kernels import dispatch, external_packages, triton_launch
-from triptych.kernels.library import autocast_dtype
+from triptych.kernels.library import autocast_dtype, operator
 from triptych.kernels.linear_cross_entropy import examples, external, reference
 from triptych.kernels.linear_cross_entropy import torch as fast
 from triptych.kernels.linear_cross_entropy.shards import VocabShards
@@ -14,6 +14,7 @@ from triptych.kernels.linear_cross_entropy.shards import VocabShards
 __all__ = ["VocabShards", "linear_cross_entropy"]
 
 
+@operator(integers=("targets",))
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

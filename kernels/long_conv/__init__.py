@@ -9,11 +9,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from triptych.kernels import dispatch
+from triptych.kernels.library import operator
 from triptych.kernels.long_conv import examples, reference
 from triptych.kernels.long_conv import torch as fast
 from triptych.kernels.segments import check_cu_seqlens
 
 
+@operator()
 def long_conv(
     x: Tensor,
     kernel: Tensor,

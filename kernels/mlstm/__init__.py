@@ -9,17 +9,15 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from triptych.kernels import dispatch
-from triptych.kernels.mlstm import reference
+from triptych.kernels import dispatch, triton_launch
+from triptych.kernels.library import operator
+from triptych.kernels.mlstm import examples, limits, reference
 from triptych.kernels.mlstm import torch as fast
 from triptych.kernels.segments import check_cu_seqlens
 
 State = tuple[Tensor, Tensor]
 """Memory (B or docs, H, D, E + 1), whose last column is the normaliser n, and m (B or docs, H): what the
 memory stands for is exp(m) times it. Both in fp32, or fp64."""
-
-dispatch.register("mlstm", dispatch.Form("torch", fast.mlstm))
-dispatch.register("mlstm", dispatch.Form("reference", reference.mlstm))
 
 
 @overload
@@ -56,6 +54,7 @@ def mlstm(
 ) -> tuple[Tensor, State]: ...
 
 
+@operator()
 def mlstm(
     q: Tensor,
     k: Tensor,
@@ -85,21 +84,21 @@ def mlstm(
     Differs from the published code, which adds 1e-6 to the denominator.
     """
     _check(q, k, v, igate, fgate, initial_state, cu_seqlens, chunk_size)
-    y, final_state = dispatch.choose("mlstm", form, q.device).run(
-        q,
-        k,
-        v,
-        igate,
-        fgate,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        chunk_size=chunk_size,
-        with_final_state=return_final_state,
+    arguments = {
+        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "initial_state": initial_state,
+        "cu_seqlens": cu_seqlens,
+        "chunk_size": chunk_size,
+        "with_final_state": return_final_state,
+    }
+    tensors = (q, k, v, igate, fgate)
+    y, final_state = dispatch.choose("mlstm", form, q.device, *tensors, **arguments).run(
+        *tensors, **arguments
     )
     return (y, final_state) if return_final_state else y
 
 
+@operator()
 def mlstm_step(
     state: State,
     q: Tensor,
@@ -167,3 +166,11 @@ def _check(
             f"mlstm: initial_state must be a memory {expected} and m {expected[:2]}, "
             f"they are {tuple(memory.shape)} and {tuple(m.shape)}"
         )
+
+
+dispatch.register(
+    "mlstm", triton_launch.form("triptych.kernels.mlstm.triton", "mlstm", supports=limits.triton)
+)
+dispatch.register("mlstm", dispatch.Form("torch", fast.mlstm))
+dispatch.register("mlstm", dispatch.Form("reference", reference.mlstm))
+dispatch.register_examples("mlstm", mlstm, examples.MAKERS)

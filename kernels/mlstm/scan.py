@@ -4,8 +4,7 @@ B batch, T length, L chunk size, C chunks in a row, K = B*C chunks in all, H hea
 keys, E channels of values. The equations are at the head of chunks.py.
 
 y = u / max(|n|, 1) with n the last entry of u, both divided by exp(m). As y does not depend on m, backward
-takes every m as constant. It needs no gradient of single weights either: those of the gates are sums of
-q dq and k dk, since q and k come into the sums beside exp(b) and exp(a).
+takes every m as constant.
 """
 
 from __future__ import annotations
@@ -122,25 +121,31 @@ def backward(
     dq = s.mm(du, before.transpose(2, 3)).mul_(carried.unsqueeze(-1))
     dk = s.mm(s.v, after.transpose(2, 3)).mul_(entering.unsqueeze(-1))
     dv = s.mm(s.k * entering.unsqueeze(-1), after)
-    # Of the sum of log f over the whole chunk: through the old memory, and through what tokens add.
-    dend = ((before * after).sum((-1, -2)) * keep.flatten(0, 1)).double() + _dot(s.k, dk).sum(-1)
+    # A log forget gate at t weighs what passes from tokens before t to t and later: from the memory before
+    # the chunk to tokens, from tokens to the memory behind it, through all of it, and between tokens.
+    kept = (before * after).sum((-1, -2)) * keep.flatten(0, 1)
+    to_end, through = _dot(s.k, dk), _dot(s.q, dq)
+    dlog_i = to_end.clone()
     for tile in s.tiles():
         weights = s.weights(tile, top)
-        scores = s.mm(s.q[tile], s.k[tile].transpose(2, 3)).mul_(weights)
-        dv[tile] += s.mm(scores.transpose(2, 3), du[tile])
+        products = s.mm(s.q[tile], s.k[tile].transpose(2, 3))
+        dv[tile] += s.mm((products * weights).transpose(2, 3), du[tile])
         dproducts = s.mm(du[tile], s.v[tile].transpose(2, 3)).mul_(weights)
         dq[tile] += s.mm(dproducts, s.k[tile])
         dk[tile] += s.mm(dproducts.transpose(2, 3), s.q[tile])
-    da = _dot(s.k, dk)
-    db = _dot(s.q, dq) - da
-    # log f of a token is part of b from there on.
-    dlog_f = db.flip(-1).cumsum(-1).flip(-1) + dend.unsqueeze(-1)
+        between = products.mul_(dproducts)
+        dlog_i[tile] += between.sum(-2, dtype=torch.float64)
+        # Rows less columns; on the diagonal they cancel, exactly only if left out.
+        between.diagonal(dim1=-2, dim2=-1).zero_()
+        through[tile] += between.sum(-1, dtype=torch.float64).sub_(between.sum(-2, dtype=torch.float64))
+    dlog_f = through.flip(-1).cumsum(-1).flip(-1) + kept.unsqueeze(-1)
+    dlog_f[..., 1:] += to_end.cumsum(-1)[..., :-1]
     dfgate = _joined(dlog_f, batch, length, s.dtype) * torch.sigmoid(-fgate.to(s.dtype))
     return Gradients(
         _joined(dq * scale, batch, length, q.dtype),
         _joined(dk, batch, length, k.dtype),
         _joined(dv[..., :-1], batch, length, v.dtype),
-        _joined(da, batch, length, igate.dtype),
+        _joined(dlog_i, batch, length, igate.dtype),
         dfgate.to(fgate.dtype),
         initial,
     )

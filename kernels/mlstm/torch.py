@@ -132,13 +132,13 @@ def _products(q: Any, v: Any, chunk_size: int) -> tuple[int, int, int]:
 
 
 @flop_formula("mlstm")
-def _flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+def flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
     products, values, memory = _products(q, v, args[-1])
     return products + values + 2 * memory
 
 
 @flop_formula("mlstm_backward")
-def _flops_backward(dy: Any, dfinal: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+def backward_flops(dy: Any, dfinal: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
     products, values, memory = _products(q, v, args[-1])
     # Products again, dq and dk from them; dv and their gradient; of memories, and dq, dk, dv from them.
     return 3 * products + 2 * values + 4 * memory

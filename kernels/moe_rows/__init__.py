@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from triptych.kernels import dispatch, triton_launch
+from triptych.kernels.library import operator
 from triptych.kernels.moe_rows import examples, reference
 from triptych.kernels.moe_rows import torch as fast
 from triptych.kernels.moe_rows.plan import moe_plan
@@ -12,6 +13,7 @@ from triptych.kernels.moe_rows.plan import moe_plan
 __all__ = ["moe_combine", "moe_gather", "moe_plan"]
 
 
+@operator(integers=("tokens", "slots"))
 def moe_gather(x: Tensor, tokens: Tensor, slots: Tensor, *, form: str | None = None) -> Tensor:
     """rows[a] = x[tokens[a]].
 
@@ -28,6 +30,7 @@ def moe_gather(x: Tensor, tokens: Tensor, slots: Tensor, *, form: str | None = N
     return dispatch.choose("moe_gather", form, x.device).run(x, tokens, slots)
 
 
+@operator(integers=("slots", "tokens"))
 def moe_combine(
     rows: Tensor, weights: Tensor, slots: Tensor, tokens: Tensor, *, form: str | None = None
 ) -> Tensor:

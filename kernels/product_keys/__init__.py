@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from triptych.kernels import dispatch
+from triptych.kernels.library import operator
 from triptych.kernels.product_keys import examples, reference
 from triptych.kernels.product_keys import torch as fast
 
@@ -18,6 +19,7 @@ ACTIVATIONS = ("gelu", "silu", "relu")
 """What stands between the two vectors of an expert; gelu in the tanh approximation."""
 
 
+@operator()
 def product_key_topk(
     queries: Tensor, keys: Tensor, top_k: int, *, form: str | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -45,6 +47,7 @@ def product_key_topk(
     return dispatch.choose("product_key_topk", form, queries.device).run(queries, keys, top_k)
 
 
+@operator(integers=("experts",))
 def rank_one_experts(
     x: Tensor,
     down: Tensor,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from triptych.kernels import dispatch, external_packages, triton_launch
 from triptych.kernels.layer_norm.lines import too_long
+from triptych.kernels.library import operator
 from triptych.kernels.rms_norm import examples, reference
 from triptych.kernels.rms_norm import torch as fast
 
@@ -17,6 +18,7 @@ _LONGEST = 65536
 """Bytes of the longest group that kernels of mamba-ssm and flash-linear-attention hold."""
 
 
+@operator()
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, form: str | None = None) -> Tensor:
     """Root-mean-square norm (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * weight.
 
@@ -27,6 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, form: str | None =
     return _run("rms_norm", form, x, weight, eps, None, 1, norm_before_gate=False)
 
 
+@operator()
 def gated_rms_norm(
     x: Tensor,
     z: Tensor,

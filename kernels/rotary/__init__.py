@@ -7,10 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from triptych.kernels import dispatch, triton_launch
+from triptych.kernels.library import operator
 from triptych.kernels.rotary import examples, reference
 from triptych.kernels.rotary import torch as fast
 
 
+@operator(free=("positions",))
 def rotary(
     x: Tensor,
     positions: Tensor,
@@ -41,6 +43,7 @@ def rotary(
     return _run("rotary", form, x, positions.unsqueeze(-1), theta, frequencies)
 
 
+@operator(free=("positions",))
 def axial_rotary(
     x: Tensor,
     positions: Tensor,

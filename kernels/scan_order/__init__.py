@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from triptych.kernels import dispatch, triton_launch
+from triptych.kernels.library import operator
 from triptych.kernels.scan_order import examples, reference
 from triptych.kernels.scan_order import torch as fast
 from triptych.kernels.scan_order.orders import checked_inverse, invert_orders
@@ -18,6 +19,7 @@ from triptych.kernels.scan_order.orders import checked_inverse, invert_orders
 __all__ = ["invert_orders", "scan_gather", "scan_scatter"]
 
 
+@operator(integers=("orders", "inverse"), free=("x",))
 def scan_gather(
     x: Tensor, orders: Tensor, *, inverse: Tensor | None = None, form: str | None = None
 ) -> Tensor:
@@ -35,6 +37,7 @@ def scan_gather(
     return chosen.run(x, orders, inverse)
 
 
+@operator(integers=("orders", "inverse"))
 def scan_scatter(
     y: Tensor,
     orders: Tensor,

@@ -52,17 +52,14 @@ def checked_inverse(
             f"{op}: there is nothing to order, with tokens {tuple(tokens.shape)} and orders "
             f"{tuple(orders.shape)}"
         )
-    if orders.dtype != torch.int64 or orders.device != tokens.device:
-        raise ValueError(
-            f"{op}: orders must be int64 on {tokens.device}, they are {orders.dtype} on {orders.device}; "
-            f"use orders.to('{tokens.device}', torch.int64)"
-        )
+    if orders.dtype != torch.int64:
+        raise ValueError(f"{op}: orders must be int64, they are {orders.dtype}; use orders.long()")
     if inverse is None:
         return invert_orders(orders)
-    if inverse.shape != orders.shape or inverse.dtype != orders.dtype or inverse.device != orders.device:
+    if inverse.shape != orders.shape or inverse.dtype != orders.dtype:
         raise ValueError(
-            f"{op}: inverse must be like orders, {orders.dtype} {tuple(orders.shape)} on {orders.device}; "
-            f"it is {inverse.dtype} {tuple(inverse.shape)} on {inverse.device}"
+            f"{op}: inverse must be like orders, {orders.dtype} {tuple(orders.shape)}; "
+            f"it is {inverse.dtype} {tuple(inverse.shape)}"
         )
     if orders.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_inverse(op, orders, inverse)

@@ -9,15 +9,13 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from triptych.kernels import dispatch
-from triptych.kernels.library import statistics_dtype
+from triptych.kernels import dispatch, external_packages, triton_launch
+from triptych.kernels.library import operator, statistics_dtype
 from triptych.kernels.segments import check_cu_seqlens
-from triptych.kernels.selective_scan import reference
+from triptych.kernels.selective_scan import examples, reference
 from triptych.kernels.selective_scan import torch as fast
+from triptych.kernels.selective_scan.limits import mamba_ssm_lacks, triton_lacks
 from triptych.kernels.selective_scan.scan import gated, time_step
-
-dispatch.register("selective_scan", dispatch.Form("torch", fast.selective_scan))
-dispatch.register("selective_scan", dispatch.Form("reference", reference.selective_scan))
 
 
 @overload
@@ -60,6 +58,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@operator()
 def selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -91,24 +90,23 @@ def selective_scan(
     decays and the gate are computed in fp32 (fp64) whatever x is. Raises ValueError for what does not fit.
     """
     _check(x, dt, a, b, c, d, z, dt_bias, initial_state, cu_seqlens, chunk_size)
-    y, final_state = dispatch.choose("selective_scan", form, x.device).run(
-        x,
-        dt,
-        a,
-        b,
-        c,
-        d=d,
-        z=z,
-        dt_bias=dt_bias,
-        dt_softplus=dt_softplus,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        chunk_size=chunk_size,
-        with_final_state=return_final_state,
-    )
+    arguments = (x, dt, a, b, c)
+    options = {
+        "d": d,
+        "z": z,
+        "dt_bias": dt_bias,
+        "dt_softplus": dt_softplus,
+        "initial_state": initial_state,
+        "cu_seqlens": cu_seqlens,
+        "chunk_size": chunk_size,
+        "with_final_state": return_final_state,
+    }
+    chosen = dispatch.choose("selective_scan", form, x.device, *arguments, **options)
+    y, final_state = chosen.run(*arguments, **options)
     return (y, final_state) if return_final_state else y
 
 
+@operator()
 def selective_scan_step(
     state: Tensor,
     x: Tensor,
@@ -189,3 +187,22 @@ def _check(
         raise ValueError(
             f"selective_scan: initial_state must be {expected}, it is {tuple(initial_state.shape)}"
         )
+
+
+dispatch.register(
+    "selective_scan",
+    external_packages.form(
+        "mamba_ssm",
+        "mamba_ssm",
+        "triptych.kernels.selective_scan.external",
+        "selective_scan",
+        supports=mamba_ssm_lacks,
+    ),
+)
+dispatch.register(
+    "selective_scan",
+    triton_launch.form("triptych.kernels.selective_scan.triton", "selective_scan", supports=triton_lacks),
+)
+dispatch.register("selective_scan", dispatch.Form("torch", fast.selective_scan))
+dispatch.register("selective_scan", dispatch.Form("reference", reference.selective_scan))
+dispatch.register_examples("selective_scan", selective_scan, examples.MAKERS)

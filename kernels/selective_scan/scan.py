@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triptych.kernels.library import statistics_dtype
+from triptych.kernels.segments import document_bounds
 
 # States of one token that are worked on at a time: on a CPU few enough that a block of 32 stays in its cache.
 STEP_ELEMENTS = {"cpu": 1 << 14}
@@ -41,6 +42,31 @@ def gated(y: Tensor, z: Tensor | None) -> Tensor:
     return y if z is None else y * F.silu(z.to(y.dtype))
 
 
+Marks = dict[int, list[tuple[int, int, int]]]
+"""Of each block, by number: row, place within the block, and document of the tokens that are marked."""
+
+
+def mark_documents(
+    x: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, size: int
+) -> tuple[Marks, Marks]:
+    """First and last tokens of documents; a row is one without cu_seqlens, its first token then no matter
+    where there is no initial state."""
+    batch, length = x.shape[:2]
+    if cu_seqlens is None:
+        bounds = [(row * length, (row + 1) * length) for row in range(batch)]
+    else:
+        bounds = document_bounds(cu_seqlens)
+    firsts: Marks = {}
+    lasts: Marks = {}
+    for marks, edges in ((firsts, [b[0] for b in bounds]), (lasts, [b[1] - 1 for b in bounds])):
+        if marks is firsts and cu_seqlens is None and initial_state is None:
+            continue
+        for doc, edge in enumerate(edges):
+            row, token = divmod(edge, length)
+            marks.setdefault(token // size, []).append((row, token % size, doc))
+    return firsts, lasts
+
+
 class _Tile:
     """The inputs of some rows and channels, time first and in the dtype of states, and buffers of a block."""
 
@@ -56,7 +82,8 @@ class _Tile:
         d: Tensor | None,
         z: Tensor | None,
         dt_bias: Tensor | None,
-        starts: Tensor | None,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
         softplus: bool,
         size: int,
     ) -> None:
@@ -73,9 +100,11 @@ class _Tile:
         self.a = a[channels].to(dtype).t().contiguous()  # (N, W)
         # exp2 is some three times as fast as exp on a CPU, and does not slow down where it underflows.
         self.a_log2 = self.a * math.log2(math.e)
-        self.starts = None if starts is None else starts[rows].t()[..., None, None]
+        size = min(size, x.shape[1])
+        self.firsts, self.lasts = mark_documents(x, initial_state, cu_seqlens, size)
+        self.initial = None if initial_state is None else initial_state[:, channels].to(dtype)
         # Reused for every block: fresh memory would cost more than the arithmetic.
-        shape = (min(size, x.shape[1]), *self.xdt.shape[1:2], *self.a.shape)
+        shape = (size, *self.xdt.shape[1:2], *self.a.shape)
         self.decay, self.h = (torch.empty(shape, dtype=dtype, device=x.device) for _ in range(2))
         self.decays, self.hs = self.decay.unbind(0), self.h.unbind(0)
 
@@ -84,18 +113,31 @@ class _Tile:
         size, length = len(self.decays), self.x.shape[0]
         return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
-    def run(self, block: slice, before: Tensor) -> tuple[Tensor, Tensor]:
-        """Decays and states (S, R, N, W) of a block; before: the state (R, N, W) ahead of it."""
+    def marked(self, marks: Marks, block: slice) -> list[tuple[tuple[int, int], int]]:
+        """(place within the block, row within the tile) and document of the tokens in this tile."""
+        found = marks.get(block.start // len(self.decays), ())
+        rows = range(self.rows.start, self.rows.stop)
+        return [((t, row - self.rows.start), doc) for row, t, doc in found if row in rows]
+
+    def run(self, block: slice, before: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Decays and states (S, R, N, W) of a block; before: the state (R, N, W) ahead of it.
+
+        The decays of documents' first tokens are 0; what they are for the initial states comes apart.
+        """
         count = block.stop - block.start
         decay, h = self.decay[:count], self.h[:count]
         torch.mul(self.dt[block].unsqueeze(2), self.a_log2, out=decay).exp2_()
-        if self.starts is not None:
-            decay.masked_fill_(self.starts[block], 0.0)
         outer(self.b[block], self.xdt[block], out=h)
+        opening = []
+        for at, doc in self.marked(self.firsts, block):
+            opening.append(decay[at].clone())
+            decay[at] = 0.0
+            if self.initial is not None:
+                h[at].addcmul_(opening[-1], self.initial[doc].t())
         self.hs[0].addcmul_(self.decays[0], before)
         for t in range(1, count):
             self.hs[t].addcmul_(self.decays[t], self.hs[t - 1])
-        return decay, h
+        return decay, h, opening
 
     def outputs(self, block: slice, h: Tensor) -> Tensor:
         """c.h + d x of a block, (S, R, W)."""
@@ -140,32 +182,31 @@ def forward(
     z: Tensor | None,
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
-    starts: Tensor | None,
+    cu_seqlens: Tensor | None,
     softplus: bool,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, T, D), the last state (B, D, N) and the states before each block (B, blocks, N, D).
-
-    starts: bool (B, T), true where a document begins.
-    """
+    """y (B, T, D), last states (B or docs, D, N) and the states before each block (B, blocks, N, D)."""
     batch, length, channels = x.shape
     dtype, state = statistics_dtype(x, dt, a), a.shape[1]
     y = x.new_empty(x.shape)
-    final_state = x.new_empty(batch, channels, state, dtype=dtype)
+    count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final_state = x.new_empty(count, channels, state, dtype=dtype)
     blocks = -(-length // min(chunk_size, length))
     states = x.new_empty(batch, blocks, state, channels, dtype=dtype)
     for rows, cut in _tiles(x, state):
-        tile = _Tile(rows, cut, x, dt, a, b, c, d, z, dt_bias, starts, softplus, chunk_size)
+        tile = _Tile(
+            rows, cut, x, dt, a, b, c, d, z, dt_bias, initial_state, cu_seqlens, softplus, chunk_size
+        )
         h = torch.zeros_like(tile.h[0])
-        if initial_state is not None:
-            h.copy_(initial_state[rows, cut].transpose(1, 2))
         for k, block in enumerate(tile.blocks()):
             states[rows, k, :, cut] = h
-            _, hs = tile.run(block, h)
+            _, hs, _ = tile.run(block, h)
+            for at, doc in tile.marked(tile.lasts, block):
+                final_state[doc, cut] = hs[at].t()
             h.copy_(hs[-1])
             out = gated(tile.outputs(block, hs), None if tile.z is None else tile.z[block])
             y[rows, block, cut] = out.transpose(0, 1).to(y.dtype)
-        final_state[rows, cut] = h.transpose(1, 2)
     return y, final_state, states
 
 
@@ -173,14 +214,22 @@ class Gradients:
     """Gradients of the inputs, filled tile by tile; those that several tiles add to are in the wide dtype."""
 
     def __init__(
-        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, z: Tensor | None, states: Tensor
+        self,
+        x: Tensor,
+        dt: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        z: Tensor | None,
+        initial_state: Tensor | None,
+        states: Tensor,
     ) -> None:
         self.x, self.dt = x.new_empty(x.shape), dt.new_empty(dt.shape)
         self.z = None if z is None else z.new_empty(z.shape)
         self.b, self.c = (torch.zeros(b.shape, dtype=states.dtype, device=x.device) for _ in range(2))
         self.a = states.new_zeros(states.shape[2:])  # (N, D)
         self.d, self.dt_bias = (states.new_zeros(x.shape[2]) for _ in range(2))
-        self.initial = states.new_empty(x.shape[0], *a.shape)
+        self.initial = states.new_empty(0 if initial_state is None else initial_state.shape)
 
 
 def backward(
@@ -194,25 +243,26 @@ def backward(
     d: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
+    initial_state: Tensor | None,
     states: Tensor,
-    starts: Tensor | None,
+    cu_seqlens: Tensor | None,
     softplus: bool,
     chunk_size: int,
 ) -> Gradients:
     """Gradients of all inputs from those of y and the final state."""
-    grads = Gradients(x, dt, a, b, c, z, states)
+    grads = Gradients(x, dt, a, b, c, z, initial_state, states)
     for rows, cut in _tiles(x, a.shape[1]):
-        tile = _Tile(rows, cut, x, dt, a, b, c, d, z, dt_bias, starts, softplus, chunk_size)
+        tile = _Tile(
+            rows, cut, x, dt, a, b, c, d, z, dt_bias, initial_state, cu_seqlens, softplus, chunk_size
+        )
+        dlast = None if dfinal is None else dfinal[:, cut].to(states.dtype)
         # Slope of the softplus, (T, R, W): 1 - exp(-s).
         slope = -torch.expm1(-tile.dt) if softplus else None
         g = torch.empty_like(tile.h)
         carry = torch.zeros_like(g[0])
-        if dfinal is not None:
-            carry.copy_(dfinal[rows, cut].transpose(1, 2))
         for k, block in reversed(list(enumerate(tile.blocks()))):
             dy_ = dy[rows, block, cut].transpose(0, 1).to(g.dtype)
-            _backward_block(tile, block, states[rows, k, :, cut], dy_, slope, g, carry, grads)
-        grads.initial[rows, cut] = carry.transpose(1, 2)
+            _backward_block(tile, block, states[rows, k, :, cut], dy_, dlast, slope, g, carry, grads)
     return grads
 
 
@@ -221,6 +271,7 @@ def _backward_block(
     block: slice,
     before: Tensor,
     dy: Tensor,
+    dlast: Tensor | None,
     slope: Tensor | None,
     g: Tensor,
     carry: Tensor,
@@ -228,10 +279,10 @@ def _backward_block(
 ) -> None:
     """One block. carry: gradient of its last state (R, N, W) from what follows; becomes that of `before`.
 
-    g: a buffer like tile.h.
+    dlast: gradients of the documents' last states, (docs, W, N). g: a buffer like tile.h.
     """
     rows, cut = tile.rows, tile.channels
-    decay, h = tile.run(block, before)
+    decay, h, opening = tile.run(block, before)
     if tile.z is not None and grads.z is not None:
         z = tile.z[block]
         dz = torch.ops.aten.silu_backward(dy * tile.outputs(block, h), z)
@@ -242,6 +293,9 @@ def _backward_block(
     outer(tile.c[block], dy, out=g)
     gs = g.unbind(0)
     gs[-1].add_(carry)
+    if dlast is not None:
+        for at, doc in tile.marked(tile.lasts, block):
+            g[at] += dlast[doc].t()
     for t in reversed(range(1, len(gs))):
         gs[t - 1].addcmul_(tile.decays[t], gs[t])
     torch.mul(decay[0], gs[0], out=carry)
@@ -252,6 +306,11 @@ def _backward_block(
     dlog = decay.mul_(g)
     dlog[0].mul_(before)
     dlog[1:].mul_(h[:-1])
+    if tile.initial is not None:
+        for (at, doc), factor in zip(tile.marked(tile.firsts, block), opening):
+            dinitial = factor.mul_(g[at])
+            grads.initial[doc, cut] = dinitial.t()
+            torch.mul(dinitial, tile.initial[doc].t(), out=dlog[at])
     grads.a[:, cut] += torch.mul(dlog, dt.unsqueeze(2), out=g).sum((0, 1))
     ds = torch.mul(dlog, tile.a, out=h).sum(2).addcmul_(dxdt, x)
     ds = ds if slope is None else ds.mul_(slope[block])

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from triptych.kernels.library import define, flop_formula, statistics_dtype
-from triptych.kernels.segments import document_bounds
 from triptych.kernels.selective_scan import scan
 
 
@@ -24,12 +23,12 @@ def selective_scan_op(
     z: Tensor | None,
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
-    starts: Tensor | None,
+    cu_seqlens: Tensor | None,
     softplus: bool,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, T, D), final state (B, D, N), states before each block (B, blocks, N, D)."""
-    return scan.forward(x, dt, a, b, c, d, z, dt_bias, initial_state, starts, softplus, chunk_size)
+    """y (B, T, D), final states (B or docs, D, N), states before each block (B, blocks, N, D)."""
+    return scan.forward(x, dt, a, b, c, d, z, dt_bias, initial_state, cu_seqlens, softplus, chunk_size)
 
 
 @selective_scan_op.register_fake
@@ -43,14 +42,15 @@ def _(
     z: Tensor | None,
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
-    starts: Tensor | None,
+    cu_seqlens: Tensor | None,
     softplus: bool,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, channels = x.shape
     size = min(chunk_size, length)
     dtype, state = statistics_dtype(x, dt, a), a.shape[1]
-    final_state = x.new_empty(batch, channels, state, dtype=dtype)
+    count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final_state = x.new_empty(count, channels, state, dtype=dtype)
     states = x.new_empty(batch, (length + size - 1) // size, state, channels, dtype=dtype)
     return x.new_empty(x.shape), final_state, states
 
@@ -67,13 +67,16 @@ def selective_scan_backward_op(
     d: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
+    initial_state: Tensor | None,
     states: Tensor,
-    starts: Tensor | None,
+    cu_seqlens: Tensor | None,
     softplus: bool,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, a, b, c, d, z, dt_bias (empty where one is missing) and the initial state."""
-    grads = scan.backward(dy, dfinal, x, dt, a, b, c, d, z, dt_bias, states, starts, softplus, chunk_size)
+    """Gradients of x, dt, a, b, c, d, z, dt_bias and the initial state, empty where one is missing."""
+    grads = scan.backward(
+        dy, dfinal, x, dt, a, b, c, d, z, dt_bias, initial_state, states, cu_seqlens, softplus, chunk_size
+    )
     return (
         grads.x,
         grads.dt,
@@ -99,34 +102,41 @@ def _(
     d: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
+    initial_state: Tensor | None,
     states: Tensor,
-    starts: Tensor | None,
+    cu_seqlens: Tensor | None,
     softplus: bool,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx, ddt, da, db, dc = (v.new_empty(v.shape) for v in (x, dt, a, b, c))
     dd, dbias = (a.new_empty(0) if v is None else v.new_empty(v.shape) for v in (d, dt_bias))
     dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
-    return dx, ddt, da, db, dc, dd, dz, dbias, states.new_empty(x.shape[0], *a.shape)
+    return (
+        dx,
+        ddt,
+        da,
+        db,
+        dc,
+        dd,
+        dz,
+        dbias,
+        states.new_empty(0 if initial_state is None else initial_state.shape),
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, initial_state, starts, ctx.softplus, ctx.chunk_size = inputs
-    ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+    *tensors, cu_seqlens, ctx.softplus, ctx.chunk_size = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[2], starts)
+    ctx.save_for_backward(*tensors, output[2], cu_seqlens)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    *tensors, states, starts = ctx.saved_tensors
+    *tensors, states, cu_seqlens = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(tensors[0])
-    *grads, dinitial = selective_scan_backward_op(
-        dy, dfinal, *tensors, states, starts, ctx.softplus, ctx.chunk_size
-    )
-    given = [None if tensor is None else grad for tensor, grad in zip(tensors, grads)]
-    dstate = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
-    return *given, dstate, None, None, None
+    grads = selective_scan_backward_op(dy, dfinal, *tensors, states, cu_seqlens, ctx.softplus, ctx.chunk_size)
+    given = [None if tensor is None else grad.to(tensor.dtype) for tensor, grad in zip(tensors, grads)]
+    return *given, None, None, None
 
 
 selective_scan_op.register_autograd(_backward, setup_context=_setup)
@@ -149,27 +159,6 @@ def _flops_backward(dy: Any, dfinal: Any, x: Any, dt: Any, a: Any, *args: Any, *
     return 2 * BACKWARD_PRODUCTS * batch * length * channels * a[1]
 
 
-def _one_by_one(
-    tensors: tuple[Tensor | None, ...],
-    parameters: tuple[Tensor, Tensor | None, Tensor | None],
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor,
-    softplus: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Packed documents each in a row of its own, for the sake of their states; tensors are x, dt, b, c, z."""
-    flat = [None if v is None else v.flatten(0, 1).unsqueeze(0) for v in tensors]
-    a, d, dt_bias = parameters
-    ys, finals = [], []
-    for i, (start, end) in enumerate(document_bounds(cu_seqlens)):
-        x, dt, b, c, z = (None if v is None else v[:, start:end] for v in flat)
-        state = None if initial_state is None else initial_state[i : i + 1]
-        y, final, _ = selective_scan_op(x, dt, a, b, c, d, z, dt_bias, state, None, softplus, chunk_size)
-        ys.append(y[0])
-        finals.append(final[0])
-    return torch.cat(ys), torch.stack(finals)
-
-
 def selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -187,16 +176,7 @@ def selective_scan(
     with_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Shapes as in the public function."""
-    if cu_seqlens is not None and (initial_state is not None or with_final_state):
-        y, final_state = _one_by_one(
-            (x, dt, b, c, z), (a, d, dt_bias), initial_state, cu_seqlens, dt_softplus, chunk_size
-        )
-        return y.view(x.shape), final_state if with_final_state else None
-    starts = None
-    if cu_seqlens is not None:
-        starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        starts.view(-1)[cu_seqlens[:-1].long()] = True
     y, final_state, _ = selective_scan_op(
-        x, dt, a, b, c, d, z, dt_bias, initial_state, starts, dt_softplus, chunk_size
+        x, dt, a, b, c, d, z, dt_bias, initial_state, cu_seqlens, dt_softplus, chunk_size
     )
     return y, final_state

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triptych.kernels import dispatch, external_packages, triton_launch
-from triptych.kernels.library import statistics_dtype
+from triptych.kernels.library import operator, statistics_dtype
 from triptych.kernels.segments import check_cu_seqlens
 from triptych.kernels.ssd import examples, reference
 from triptych.kernels.ssd import torch as fast
@@ -63,6 +63,7 @@ def ssd(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@operator()
 def ssd(
     x: Tensor,
     dt: Tensor,
@@ -115,6 +116,7 @@ def ssd(
     return (y, final_state) if return_final_state else y
 
 
+@operator()
 def ssd_step(
     state: Tensor,
     x: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from triptych.kernels import dispatch, external_packages, triton_launch
+from triptych.kernels.library import operator
 from triptych.kernels.swiglu import examples, reference
 from triptych.kernels.swiglu import torch as fast
 
@@ -12,6 +13,7 @@ _LIGER_CHANNELS = 65536
 _LIGER_DTYPES = ("torch.float32", "torch.float16", "torch.bfloat16")
 
 
+@operator()
 def swiglu(gate: Tensor, up: Tensor, *, form: str | None = None) -> Tensor:
     """silu(gate) * up (arXiv 2002.05202), computed in fp32 at least, in the inputs' common dtype.
 

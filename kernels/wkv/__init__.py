@@ -10,6 +10,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from triptych.kernels import dispatch, triton_launch
+from triptych.kernels.library import operator
 from triptych.kernels.segments import check_cu_seqlens
 from triptych.kernels.wkv import examples, reference
 from triptych.kernels.wkv import torch as fast
@@ -49,6 +50,7 @@ def wkv(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@operator()
 def wkv(
     k: Tensor,
     v: Tensor,

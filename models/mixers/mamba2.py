@@ -7,10 +7,9 @@ G groups of heads, N state, K taps of the convolution.
 from __future__ import annotations
 
 import functools
-import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from triptych import kernels
@@ -180,40 +179,28 @@ class Mamba2(nn.Module):
         c = self.conv_c(c, cu_seqlens=cu_seqlens, cache=held, cache_name="conv_c")
         x_BTHP = x_BTI.unflatten(-1, (-1, self.settings.head_dim))
         b_BTGN, c_BTGN = (t.unflatten(-1, (-1, self.settings.state_size)) for t in (b, c))
-        dt_BTH = F.softplus(wide(dt_BTH) + wide(dt_bias))
-        # Clamping to where softplus lies anyway would only keep one more tensor for backward.
-        if self.settings.dt_limit != (0.0, math.inf):
-            dt_BTH = dt_BTH.clamp(*self.settings.dt_limit)
-        a_H, d_H = -torch.exp(wide(a_log)), wide(d)
+        inputs = (x_BTHP, dt_BTH, -torch.exp(wide(a_log)), b_BTGN, c_BTGN)
+        options: dict[str, Any] = {
+            "d": wide(d),
+            "dt_bias": wide(dt_bias),
+            "dt_softplus": True,
+            "dt_limit": self.settings.dt_limit,
+        }
         if held is None:
-            y_BTHP = kernels.ssd(
-                x_BTHP,
-                dt_BTH,
-                a_H,
-                b_BTGN,
-                c_BTGN,
-                d=d_H,
-                cu_seqlens=cu_seqlens,
-                chunk_size=self.settings.chunk_size,
-            )
+            size = self.settings.chunk_size
+            y_BTHP = kernels.ssd(*inputs, **options, cu_seqlens=cu_seqlens, chunk_size=size)
         else:
-            y_BTHP = self._scan_with_cache(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, d_H, held)
+            y_BTHP = self._scan_with_cache(inputs, options, held)
         return self.norm(y_BTHP.flatten(-2), z_BTI)
 
     def _scan_with_cache(
-        self,
-        x_BTHP: torch.Tensor,
-        dt_BTH: torch.Tensor,
-        a_H: torch.Tensor,
-        b_BTGN: torch.Tensor,
-        c_BTGN: torch.Tensor,
-        d_H: torch.Tensor,
-        held: dict[str, torch.Tensor],
+        self, inputs: tuple[torch.Tensor, ...], options: dict[str, Any], held: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """The scan from held["state"] (B, H, P, N), which it replaces; (B, T, H, P)."""
+        x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN = inputs
         if "state" in held and x_BTHP.shape[1] == 1:
             y_BHP, held["state"] = kernels.ssd_step(
-                held["state"], x_BTHP[:, 0], dt_BTH[:, 0], a_H, b_BTGN[:, 0], c_BTGN[:, 0], d_H
+                held["state"], x_BTHP[:, 0], dt_BTH[:, 0], a_H, b_BTGN[:, 0], c_BTGN[:, 0], **options
             )
             return y_BHP.unsqueeze(1)
         y_BTHP, held["state"] = kernels.ssd(
@@ -222,7 +209,7 @@ class Mamba2(nn.Module):
             a_H,
             b_BTGN,
             c_BTGN,
-            d=d_H,
+            **options,
             initial_state=held.get("state"),
             return_final_state=True,
             chunk_size=self.settings.chunk_size,

@@ -107,10 +107,13 @@ def test_the_check_leaves_modes_and_generators_alone(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", [op for op in dispatch.operators() if dispatch.examples(op)[1]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 def test_every_form_here_passes(op: str, dtype: torch.dtype) -> None:
     """What `triptych doctor --kernels` shows; under the interpreter Triton's forms too."""
     for row in dispatch.table("cpu"):
         if row.op == op and row.installed and row.form != "reference":
             found = dispatch.check(op, row.form, CPU, dtype)
-            assert found and set(found.values()) == {None}, f"{row.form}: {found}"
+            assert set(found.values()) <= {None}, f"{row.form}: {found}"
+            assert found or not row.default, f"no example fits {row.form}"

@@ -1,4 +1,4 @@
-"""A hybrid's blocks under torch.compile(fullgraph=True): the operators are whole to it, and the results the same."""
+"""A hybrid's blocks under torch.compile(fullgraph=True): one graph each, and the same results."""
 
 from __future__ import annotations
 

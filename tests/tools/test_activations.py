@@ -50,10 +50,10 @@ def test_attention_block_keeps_the_published_bytes(layout: tuple[int, bool, Any]
     row = measure(ATTENTION, parallel, processes=False)
     assert row.formula == expected
     assert row.measured == expected + sum(extra.num_bytes for extra in row.extras)
-    # The named bytes, themselves predicted: two bf16 numbers per token and norm (on the CPU), int64 keys.
+    # The named bytes, themselves predicted: two fp32 numbers per token and norm, int64 keys.
     tokens = S * B // (tp if sequence_parallel else 1)
     named = {extra.name: extra.num_bytes for extra in row.extras}
-    expected_named = {} if recompute == "full" else {LAYER_NORM_STATISTICS: 2 * 2 * 2 * tokens}
+    expected_named = {} if recompute == "full" else {LAYER_NORM_STATISTICS: 2 * 2 * 4 * tokens}
     if recompute != "none":
         expected_named[SAMPLE_KEYS] = 8 * B
     assert named == expected_named
