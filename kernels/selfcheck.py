@@ -71,9 +71,9 @@ def _run(function: Callable[..., Any], form: str, arguments: dict[str, Any]) -> 
     outputs = _tensors(result)
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in outputs]
-    differentiable = [(y, dy) for y, dy in zip(outputs, cotangents) if y.requires_grad]
-    if differentiable:
-        torch.autograd.backward(*zip(*differentiable))
+    pairs = [(y, dy) for y, dy in zip(outputs, cotangents) if y.requires_grad]
+    if pairs:
+        torch.autograd.backward([y for y, _ in pairs], [dy for _, dy in pairs])
     found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
     return found | {f"gradient of {k}": v.grad for k, v in leaves.items() if v.grad is not None}
 

@@ -189,7 +189,9 @@ def bench_kernels(
     _check_names(against, wanted)
     settings = Settings(place, kind, 1 if quick else repeats, threads or os.cpu_count() or 1, quick)
     ceilings = settings.ceilings()
-    results, versions, left_out = [], {}, set()
+    results: list[ProblemResult] = []
+    versions: dict[str, str] = {}
+    left_out: set[str] = set()
     for problem in wanted:
         sides, missing = _sides(problem, place, against)
         left_out |= missing
@@ -317,9 +319,9 @@ def _sides(problem: Problem, device: torch.device, against: Sequence[str]) -> tu
 def _check_names(against: Sequence[str], wanted: list[Problem]) -> None:
     names = {peer.name for problem in wanted for peer in problem.peers}
     names |= {form for problem in wanted for form in kernels.forms(problem.op)}
-    for wanted in against:
-        if not any(name.startswith(wanted) for name in names):
-            raise ValueError(f"against={wanted!r} is no peer of these operators; use some of {sorted(names)}")
+    for start in against:
+        if not any(name.startswith(start) for name in names):
+            raise ValueError(f"against={start!r} is no peer of these operators; use some of {sorted(names)}")
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -165,20 +165,20 @@ def run_round(
     Raises RuntimeError with the end of a process's error output when it fails.
     """
     with tempfile.TemporaryDirectory(prefix="triptych-bench-") as folder, contextlib.ExitStack() as stack:
-        started = {}
+        processes: dict[str, Process] = {}
         for runner in runners:
             if progress is not None:
                 progress(runner.name)
-            started[runner.name] = stack.enter_context(started(runner, threads, folder))
-            started[runner.name].hear()
-        seconds: dict[str, list[float]] = {name: [] for name in started}
+            processes[runner.name] = stack.enter_context(started(runner, threads, folder))
+            processes[runner.name].hear()
+        seconds: dict[str, list[float]] = {name: [] for name in processes}
         for turn in range(repeats):
             # Who comes after whom shall not matter either.
-            for name, process in reversed(started.items()) if turn % 2 else started.items():
+            for name, process in reversed(processes.items()) if turn % 2 else processes.items():
                 process.turn()
                 seconds[name].append(process.hear())
         results = {}
-        for name, process in started.items():
+        for name, process in processes.items():
             found = process.end()
             results[name] = Side(seconds[name], found["peak_bytes"]), found
     if exact_memory:

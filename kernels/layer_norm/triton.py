@@ -41,8 +41,8 @@ def layer_norm_backward_op(
     dx, _, dweight, dbias = norms.backward(
         dy, x, None, _row(weight), mean, rstd, _one_group(x), has_bias=has_bias, centred=True
     )
-    sums = (rstd.new_empty(0) if s is None else s.squeeze(0) for s in (dweight, dbias))
-    return dx, *sums
+    dweight, dbias = (rstd.new_empty(0) if s is None else s.squeeze(0) for s in (dweight, dbias))
+    return dx, dweight, dbias
 
 
 layer_norm_backward_op.register_fake(fast.fake_layer_norm_backward)
@@ -93,7 +93,8 @@ def modulated_layer_norm_backward_op(
         dy, x, None, scales, mean, rstd, lines, has_bias=True, centred=True, offset=1
     )
     assert dscale is not None and dshift is not None, "there are both"
-    return dx, *(d.view(scale.shape).to(scale.dtype) for d in (dshift, dscale))
+    dshift, dscale = (d.view(scale.shape).to(scale.dtype) for d in (dshift, dscale))
+    return dx, dshift, dscale
 
 
 modulated_layer_norm_backward_op.register_fake(fast.fake_backward)

@@ -86,7 +86,10 @@ def difference(problem: Problem, side: str, device: torch.device, dtype: torch.d
     exact.cotangent = None if found.cotangent is None else found.cotangent.double()
     expected = exact.both()
     pairs = [(y.detach(), expected.detach())]
-    pairs += [(leaf.grad, exact.leaves[k].grad) for k, leaf in found.leaves.items() if leaf.grad is not None]
+    for name, leaf in found.leaves.items():
+        oracle = exact.leaves[name].grad
+        assert leaf.grad is not None and oracle is not None, f"backward reached {name}"
+        pairs.append((leaf.grad, oracle))
     return max(float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)
 
 
