@@ -119,8 +119,11 @@ def _parse(value: str) -> dict[str, str]:
 
 
 @functools.cache
-def _announce(op: str, reasons: str, taken: str) -> None:
-    log.warning("kernels: %s runs as %r, since %s", op, taken, reasons)
+def _announce(op: str, taken: str, device: str, reasons: str) -> None:
+    if reasons:
+        log.warning("kernels: %s runs as %r, since %s", op, taken, reasons)
+    else:
+        log.info("kernels: %s runs as %r on %s", op, taken, device)
 
 
 def check(op: str, form: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
@@ -168,8 +171,8 @@ def _candidates(op: str, device: str) -> tuple[str, ...]:
 
 
 @torch.compiler.assume_constant_result
-def _fell_back(op: str, reasons: str, taken: str) -> None:
-    _announce(op, reasons, taken)
+def _taken(op: str, form: str, device: str, reasons: str) -> None:
+    _announce(op, form, device, reasons)
 
 
 @torch.compiler.assume_constant_result
@@ -202,8 +205,7 @@ def choose(op: str, form: str | None, device: torch.device, *args: Any, **kwargs
         if reason := _FORMS[op][name].supports(*args, **kwargs):
             reasons.append(f"{name!r} cannot: {reason}")
             continue
-        if reasons:
-            _fell_back(op, "; ".join(reasons), name)
+        _taken(op, name, str(device), "; ".join(reasons))
         return _FORMS[op][name]
     raise ValueError(f"{op}: no form can serve this call on {device.type}: {'; '.join(reasons)}")
 

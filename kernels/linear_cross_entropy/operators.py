@@ -59,10 +59,10 @@ def default_chunk_size(hidden: Tensor, vocab: int) -> int:
     """Tokens whose logits exist at a time.
 
     Each chunk reads the weight and adds to its gradient once more, which must be little beside the chunk's
-    products; D / 2 tokens have logits of half the bytes of that gradient.
+    products; D tokens have logits of as many bytes as that gradient.
     """
     at_least = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"]) // vocab
-    return max(1, hidden.shape[1] // 2, at_least)
+    return max(1, hidden.shape[1], at_least)
 
 
 def _space(hidden: Tensor, vocab: int, chunk_size: int, dtype: torch.dtype) -> Tensor:

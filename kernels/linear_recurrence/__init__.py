@@ -26,7 +26,7 @@ def linear_recurrence(
     return_final_state: Literal[False] = False,
     cu_seqlens: Tensor | None = None,
     log_decay: bool = False,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
     form: str | None = None,
 ) -> Tensor: ...
 
@@ -40,7 +40,7 @@ def linear_recurrence(
     return_final_state: Literal[True],
     cu_seqlens: Tensor | None = None,
     log_decay: bool = False,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
     form: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -54,7 +54,7 @@ def linear_recurrence(
     return_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     log_decay: bool = False,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
     form: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """h[t] = a[t] h[t-1] + b[t], each channel for itself: the recurrence of minGRU and minLSTM
@@ -95,7 +95,7 @@ def _check(
     if length == 0:
         raise ValueError(f"linear_recurrence: b {tuple(b.shape)} has no tokens; T must be at least 1")
     if chunk_size < 1:
-        raise ValueError(f"linear_recurrence: chunk_size={chunk_size} must be at least 1; 64 is usual")
+        raise ValueError(f"linear_recurrence: chunk_size={chunk_size} must be at least 1; 32 is usual")
     count = batch
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, batch, length)

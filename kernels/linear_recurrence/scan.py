@@ -25,7 +25,7 @@ from triptych.kernels.library import statistics_dtype
 from triptych.kernels.segments import document_bounds
 
 # Elements that one operation should work on: more than its overhead, and few enough for a CPU's cache.
-STEP_ELEMENTS = {"cpu": 1 << 15}
+STEP_ELEMENTS = {"cpu": 1 << 16}
 STEP_ELEMENTS_ELSEWHERE = 1 << 20
 
 

@@ -99,6 +99,8 @@ class Problem:
     peers: tuple[Peer, ...] = ()
     targets: tuple[Target, ...] = ()
     repeats: int = 100
+    as_mean: bool = False
+    """The gradient of every output is the same, as that of a mean is."""
 
     def run(self, form: str | None = None) -> Callable[..., Any]:
         """The operator, in a form or as the dispatcher chooses."""

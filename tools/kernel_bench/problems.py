@@ -209,7 +209,7 @@ def problems() -> list[Problem]:
         "selective_scan",
         _selective_scan,
         {
-            "cpu": [{"B": 1, "T": 1024, "D": 512, "N": 16}],
+            "cpu": [{"B": 1, "T": 1024, "D": 128, "N": 16}],
             "cuda": [{"B": 2, "T": 8192, "D": 4096, "N": 16}],
             "check": [{"B": 1, "T": 96, "D": 64, "N": 16}],
             "tiny": [{"B": 1, "T": 32, "D": 16, "N": 4}],
@@ -354,6 +354,7 @@ def problems() -> list[Problem]:
                 Target("liger", speed=1.0, memory=1.0, device="cuda", dtype=torch.bfloat16),
             ),
             repeats=2,
+            as_mean=True,
         ),
         Problem(
             "grouped_linear",

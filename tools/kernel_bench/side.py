@@ -23,15 +23,17 @@ from triptych.tools.bench_sides import peak_bytes, say, settled_bytes
 from triptych.tools.kernel_bench.problem import Arguments, Draw, Problem, Shape, make_importable
 from triptych.tools.kernel_bench.problems import problems
 
-STEPS_ON_GPU = 20
-"""Timed together, as one alone is shorter than what a launch varies by."""
+STEPS = 20
+"""At most so many are timed together, as one alone may be shorter than what a start varies by."""
+LONG_ENOUGH = 0.2
+"""Seconds of steps together from which on there are no more, on a CPU."""
 
 
 class Call:
     """A function on leaves with gradients, forward alone or with backward under a fixed cotangent."""
 
-    def __init__(self, function: Callable[..., Any], arguments: Arguments) -> None:
-        self.function, self.arguments = function, arguments
+    def __init__(self, function: Callable[..., Any], arguments: Arguments, as_mean: bool = False) -> None:
+        self.function, self.arguments, self.as_mean = function, arguments, as_mean
         self.leaves = {
             k: v.requires_grad_()
             for k, v in arguments.items()
@@ -51,7 +53,8 @@ class Call:
         y = self.forward()
         if self.cotangent is None:
             generator = torch.Generator(y.device).manual_seed(1)
-            self.cotangent = torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype)
+            drawn = torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype)
+            self.cotangent = torch.full_like(y, 1 / y.numel()) if self.as_mean else drawn
         y.backward(self.cotangent)
         return y
 
@@ -94,18 +97,20 @@ def difference(problem: Problem, side: str, device: torch.device, dtype: torch.d
 
 
 def seconds_of(step: Callable[[], object], device: torch.device) -> float:
-    """Of one step."""
+    """Of one step, the mean of some."""
     if device.type != "cuda":
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
+        start, steps, passed = time.perf_counter(), 0, 0.0
+        while steps < STEPS and passed < LONG_ENOUGH:
+            step()
+            steps, passed = steps + 1, time.perf_counter() - start
+        return passed / steps
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     first.record()
-    for _ in range(STEPS_ON_GPU):
+    for _ in range(STEPS):
         step()
     last.record()
     torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1e3 / STEPS_ON_GPU
+    return first.elapsed_time(last) / 1e3 / STEPS
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -156,7 +161,7 @@ def serve(request: dict[str, Any]) -> None:
 
     def build(shape: Shape) -> Call:
         arguments = problem.inputs(shape, Draw(device, dtype))
-        return Call(function, {k: v for k, v in arguments.items() if k not in without})
+        return Call(function, {k: v for k, v in arguments.items() if k not in without}, problem.as_mean)
 
     # What is imported and compiled on first use is paid for on shapes that cost nothing.
     build(problem.shapes["tiny"][0]).both()
