@@ -40,6 +40,13 @@ def test_first_form_that_can(op: str, caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
+def test_the_choice_is_logged_once(op: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        for _ in range(3):
+            dispatch.choose(op, None, CPU, 2)
+    assert [r.getMessage() for r in caplog.records] == ["kernels: test_op runs as 'even' on cpu"]
+
+
 def test_named_forms_run_or_raise(op: str) -> None:
     assert dispatch.choose(op, "plain", CPU, 2).name == "plain"
     with pytest.raises(ValueError, match="form='even' cannot serve this call: n is odd"):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -111,3 +114,23 @@ def test_bars_point_both_ways() -> None:
     picture = ratio_picture({"ssd": {"transformers": 40.0, "loop": 0.5}, "swiglu": {"PyTorch": 1.2}})
     colours = {tuple(pixel) for pixel in picture.reshape(-1, 3).tolist()}
     assert {(38, 70, 150), (170, 60, 40)} <= colours
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_kernels_compile_at_the_sizes_of_models(target: str) -> None:
+    """In a process of its own, as this one's kernels are interpreted."""
+    ops = ("ssd", "gated_linear_attention", "linear_cross_entropy", "causal_conv1d", "rms_norm")
+    program = (
+        "import json\nfrom triptych.tools.kernel_bench.compiled import compiled_kernels\n"
+        f"print(json.dumps(compiled_kernels({target!r}, ops={ops!r}).to_json()))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.strip().splitlines()[-1])
+    assert report["ok"], "every kernel fits the target's shared memory"
+    assert {kernel["problem"].partition(",")[0] for kernel in report["kernels"]} == set(ops)
