@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 # Other people's kernels, which tests and `triptych bench kernels` hold ours against.
-PEERS := flash-linear-attention==0.6.0 fla-core==0.6.0 liger-kernel==0.8.5
+PEERS := flash-linear-attention==0.6.0 fla-core==0.6.0 liger-kernel==0.8.5 einops==0.8.2
 
 # timm stands aside, for tests alone: PyPI's torchvision does not load beside a CPU build of torch, and where it is
 # installed transformers and diffusers import it.

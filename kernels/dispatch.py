@@ -4,8 +4,8 @@ A form says what it supports with a reason when it does not. A form that was nam
 variable TRIPTYCH_KERNELS="ssd=reference,attention=sdpa") and cannot run raises; the automatic choice falls
 back to the next form in order of priority and says so once.
 
-A form that is not `trusted` (compiled on the spot, or somebody else's) is held against the reference on a
-small call, once per process and device, before an automatic choice takes it.
+A form that is not `trusted` (compiled on the spot, or somebody else's) is held against the reference on small
+calls, once per process, device and dtype, before an automatic choice takes it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from triptych.kernels import selfcheck
 
@@ -139,35 +140,33 @@ def check(op: str, form: str, device: torch.device, dtype: torch.dtype) -> dict[
 
 
 @functools.cache
-def _failed(op: str, form: str, device: torch.device) -> str | None:
-    """Why an untrusted form must not be chosen; None when it passed every example it serves."""
-    found = check(op, form, device, torch.float32) | {
-        f"{name} in bfloat16": problem for name, problem in check(op, form, device, torch.bfloat16).items()
-    }
-    if not found:
-        return "no example of the self-check fits it"
-    problems = [f"{name}: {problem}" for name, problem in found.items() if problem is not None]
-    return f"it failed the self-check ({problems[0]})" if problems else None
+def _trusted(op: str, form: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether an untrusted form served an example of the self-check, and was right on all that it serves."""
+    found = check(op, form, device, dtype)
+    for name, problem in found.items():
+        if problem is not None:
+            where = f"{op} does without {form!r} on {device}"
+            log.warning("kernels: %s: it failed the self-check (%s: %s)", where, name, problem)
+            return False
+    return bool(found)
 
 
 @functools.cache
-def _automatic(op: str, device: torch.device) -> tuple[str, ...]:
-    """The forms that an automatic choice may take on a device, in order of priority."""
-    found = []
-    for form in _FORMS[op].values():
-        if form.by_name_only(device) or form.installed(device):
-            continue
-        if not form.trusted and (reason := _failed(op, form.name, device)):
-            log.warning("kernels: %s does without %r on %s: %s", op, form.name, device, reason)
-            continue
-        found.append(form.name)
-    return tuple(found)
+def _automatic(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """The forms that an automatic choice may take, in order of priority."""
+    return tuple(
+        form.name
+        for form in _FORMS[op].values()
+        if not form.by_name_only(device)
+        and not form.installed(device)
+        and (form.trusted or _trusted(op, form.name, device, dtype))
+    )
 
 
 # Constants to torch.compile, which then need not trace what looks for packages, runs checks and writes logs.
 @torch.compiler.assume_constant_result
-def _candidates(op: str, device: str) -> tuple[str, ...]:
-    return _automatic(op, torch.device(device))
+def _candidates(op: str, device: str, dtype: torch.dtype) -> tuple[str, ...]:
+    return _automatic(op, torch.device(device), dtype)
 
 
 @torch.compiler.assume_constant_result
@@ -189,6 +188,14 @@ def _named(op: str, form: str | None, device: str) -> str | None:
     return named
 
 
+def _dtype_of(args: tuple[Any, ...]) -> torch.dtype:
+    """Of the first floating tensor, for which the self-check is made."""
+    for x in args:
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return x.dtype
+    return torch.float32
+
+
 def choose(op: str, form: str | None, device: torch.device, *args: Any, **kwargs: Any) -> Form:
     """The form that serves this call.
 
@@ -201,7 +208,7 @@ def choose(op: str, form: str | None, device: torch.device, *args: Any, **kwargs
             raise ValueError(f"{op}: form={named!r} cannot serve this call: {reason}")
         return _FORMS[op][named]
     reasons = []
-    for name in _candidates(op, str(device)):
+    for name in _candidates(op, str(device), _dtype_of(args)):
         if reason := _FORMS[op][name].supports(*args, **kwargs):
             reasons.append(f"{name!r} cannot: {reason}")
             continue

@@ -109,6 +109,16 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def fp32_too_wide(x: Tensor, channels: int) -> str | None:
+    """Why kernels whose products fill a block's registers should not take heads of so many channels in fp32.
+
+    Seen with Triton 3.6: at 128 channels they take minutes to compile and spill most of what they hold.
+    """
+    if x.is_cuda and x.dtype == torch.float32 and channels > 64:
+        return f"in fp32 heads of {channels} channels, above 64, take Triton minutes to compile"
+    return None
+
+
 def power_of_2(n: int, at_least: int = 16) -> int:
     """The smallest power of two that is neither below n nor below `at_least` (tl.dot takes 16 and more)."""
     return max(at_least, 1 << (n - 1).bit_length())

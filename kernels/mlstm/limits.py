@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from triptych.kernels.triton_launch import fp32_too_wide
+
 LARGEST_HEAD = 256
 
 
@@ -15,4 +17,4 @@ def triton(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor, **options: Any) -> s
         return f"q, k and v must be of one dtype, they are {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[3] > LARGEST_HEAD:
         return f"D = {q.shape[3]} is more than {LARGEST_HEAD} channels, which a block's memory cannot hold"
-    return None
+    return fp32_too_wide(q, max(q.shape[3], v.shape[3]))

@@ -27,7 +27,7 @@ def moe_gather(x: Tensor, tokens: Tensor, slots: Tensor, *, form: str | None = N
         raise ValueError(
             f"moe_gather: slots {tuple(slots.shape)} must have a row for each of the {x.shape[0]} tokens"
         )
-    return dispatch.choose("moe_gather", form, x.device).run(x, tokens, slots)
+    return dispatch.choose("moe_gather", form, x.device, x).run(x, tokens, slots)
 
 
 @operator(integers=("slots", "tokens"))
@@ -50,7 +50,7 @@ def moe_combine(
         raise ValueError(
             f"moe_combine: tokens must be ({rows.shape[0]},), one per row; they are {tuple(tokens.shape)}"
         )
-    return dispatch.choose("moe_combine", form, rows.device).run(rows, weights, slots, tokens)
+    return dispatch.choose("moe_combine", form, rows.device, rows, weights).run(rows, weights, slots, tokens)
 
 
 def _check(name: str, x: Tensor, expected: str, tokens: Tensor, slots: Tensor) -> None:

@@ -6,13 +6,18 @@ import torch
 from torch import Tensor
 
 
+def _readable(x: Tensor) -> bool:
+    """Whether values can be looked at for nothing: on the CPU, and not of a subclass such as fake tensors."""
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def invert_orders(orders: Tensor) -> Tensor:
     """The permutations that undo `orders`, int64 (..., T): inverse[orders[t]] = t.
 
     Raises ValueError where the values are on the CPU and are no permutations.
     """
     places = torch.arange(orders.shape[-1], device=orders.device).expand(orders.shape)
-    if orders.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _readable(orders):
         return torch.empty_like(orders).scatter_(-1, orders, places)
     if orders.numel() and (int(orders.min()) < 0 or int(orders.max()) >= orders.shape[-1]):
         raise ValueError(
@@ -61,6 +66,6 @@ def checked_inverse(
             f"{op}: inverse must be like orders, {orders.dtype} {tuple(orders.shape)}; "
             f"it is {inverse.dtype} {tuple(inverse.shape)}"
         )
-    if orders.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _readable(orders) and _readable(inverse):
         _check_inverse(op, orders, inverse)
     return inverse

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from triptych.kernels.triton_launch import fp32_too_wide
+
 MAX_STATE = 256
 """State size whose tiles fit a GPU's registers."""
 LONGEST = 60_000
@@ -16,7 +18,7 @@ def triton_lacks(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, **optio
     """Why the Triton form cannot serve a call of `ssd`; None where it can."""
     if b.shape[3] > MAX_STATE:
         return f"state size {b.shape[3]} is above {MAX_STATE}"
-    return None
+    return fp32_too_wide(x, x.shape[3])
 
 
 def mamba_ssm_lacks(

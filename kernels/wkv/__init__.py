@@ -93,7 +93,7 @@ def wkv(
         raise ValueError(
             "wkv: divide_u=True divides by T, which bidirectional=False does not know; use divide_u=False"
         )
-    y, final_state = dispatch.choose("wkv", form, k.device).run(
+    y, final_state = dispatch.choose("wkv", form, k.device, k, v, w, u).run(
         k,
         v,
         w,

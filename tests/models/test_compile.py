@@ -56,7 +56,7 @@ def step(block: torch.nn.Module, context: Context, backend: str | None) -> list[
     return [y.detach(), x.grad, *(p.grad for p in block.parameters())]  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize("documents", ["whole", "packed"])
+@pytest.mark.parametrize("documents", ["whole", pytest.param("packed", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layer", range(len(PATTERN)), ids=PATTERN)
 def test_a_block_is_one_graph(model: LanguageModel, layer: int, documents: str) -> None:
     context = packed() if documents == "packed" else Context()
