@@ -29,7 +29,7 @@ PEERS := flash-linear-attention==0.6.0 fla-core==0.6.0 liger-kernel==0.8.5 einop
 
 # timm stands aside, for tests alone: PyPI's torchvision does not load beside a CPU build of torch, and where it is
 # installed transformers and diffusers import it.
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-dev: pyproject.toml constraints.txt Makefile | $(BIN)/python
 	@echo "Installing triptych and its development extras into $(VENV) (about two minutes) ..."
 	$(PIP_INSTALL) --editable ".[dev,digits,hf,megatron]"
 	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/timm timm torchvision
