@@ -10,6 +10,7 @@ calls, once per process, device and dtype, before an automatic choice takes it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -26,7 +27,8 @@ ENVIRONMENT_VARIABLE = "TRIPTYCH_KERNELS"
 log = logging.getLogger(__name__)
 
 
-def _always(*args: Any, **kwargs: Any) -> str | None:
+def always(*args: Any, **kwargs: Any) -> str | None:
+    """No reason against anything."""
     return None
 
 
@@ -40,9 +42,9 @@ class Form:
 
     name: str
     run: Callable[..., Any]
-    supports: Callable[..., str | None] = _always
+    supports: Callable[..., str | None] = always
     """Called with the arguments of the call: None, or the reason why this form cannot serve it."""
-    installed: Callable[[torch.device], str | None] = _always
+    installed: Callable[[torch.device], str | None] = always
     """None, or the reason why this form cannot run on such a device at all (package or hardware missing)."""
     trusted: bool = True
     """False: an automatic choice takes the form only after the self-check on the device."""
@@ -99,7 +101,7 @@ def forms(op: str) -> list[str]:
 
 def examples(op: str) -> tuple[Callable[..., Any], Examples]:
     """The public function of an operator and what was registered with it; no makers where nothing was."""
-    return _EXAMPLES.get(op, (_FORMS[op]["reference"].run if "reference" in _FORMS[op] else _always, {}))
+    return _EXAMPLES.get(op, (always, {}))
 
 
 @functools.lru_cache(maxsize=8)
@@ -132,10 +134,9 @@ def check(op: str, form: str, device: torch.device, dtype: torch.dtype) -> dict[
     function, makers = examples(op)
     found: dict[str, str | None] = {}
     for name, make in makers.items():
-        problem = selfcheck.check(function, form, make(device, dtype), dtype)
-        # What a form says it cannot do is no fault of it.
-        if problem is None or "cannot serve this call" not in problem:
-            found[name] = problem
+        ours, oracle = (functools.partial(function, form=one) for one in (form, "reference"))
+        with contextlib.suppress(selfcheck.CannotServe):
+            found[name] = selfcheck.check(ours, oracle, make(device, dtype), dtype)
     return found
 
 
@@ -205,7 +206,7 @@ def choose(op: str, form: str | None, device: torch.device, *args: Any, **kwargs
     named = _named(op, form, str(device))
     if named is not None:
         if reason := _FORMS[op][named].supports(*args, **kwargs):
-            raise ValueError(f"{op}: form={named!r} cannot serve this call: {reason}")
+            raise selfcheck.CannotServe(f"{op}: form={named!r} cannot serve this call: {reason}")
         return _FORMS[op][named]
     reasons = []
     for name in _candidates(op, str(device), _dtype_of(args)):

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
-from triptych.kernels.dispatch import Form
+from triptych.kernels.dispatch import Form, always
 from triptych.kernels.triton_launch import lazily
 
 
@@ -19,7 +18,7 @@ def form(
     module: str,
     function: str,
     *,
-    supports: Callable[..., str | None] | None = None,
+    supports: Callable[..., str | None] = always,
 ) -> Form:
     """The form `name`: our adapter `function` of `module` (imported when first called) to `package`.
 
@@ -35,7 +34,4 @@ def form(
             return f"package {package} is not installed"
         return None if device.type == "cuda" else f"package {package} needs a GPU"
 
-    def serves(*args: Any, **kwargs: Any) -> str | None:
-        return supports(*args, **kwargs) if supports else None
-
-    return Form(name, lazily(module, function), supports=serves, installed=why_not, trusted=False)
+    return Form(name, lazily(module, function), supports=supports, installed=why_not, trusted=False)

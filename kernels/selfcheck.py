@@ -14,19 +14,22 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 4e-2, tor
 an offset) is far above; how exact forms are is for the tests to say."""
 
 
+class CannotServe(ValueError):
+    """A form says of a call that it cannot serve it, which is no fault of the form."""
+
+
 def error_of(
-    function: Callable[..., Any], form: str, arguments: dict[str, Any], dtype: torch.dtype
+    function: Callable[..., Any], oracle: Callable[..., Any], arguments: dict[str, Any]
 ) -> tuple[float, str]:
     """The largest relative error of outputs and gradients, and of what; infinite where one is not finite.
 
-    arguments: of a call of `function`, floating inputs in `dtype` or wider. The oracle is form="reference" on
-    the same values in float64.
+    arguments: of a call of both, by name; the oracle gets the same values in float64.
     """
     with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
         device_type = next(x.device.type for x in arguments.values() if isinstance(x, Tensor))
         with torch.autocast(device_type, enabled=False):
-            found = _run(function, form, arguments)
-            exact = _run(function, "reference", {k: _wide(v) for k, v in arguments.items()})
+            found = _run(function, arguments)
+            exact = _run(oracle, {k: _wide(v) for k, v in arguments.items()})
     errors = {}
     for name, value in found.items():
         scale = float(exact[name].abs().max()) or 1.0
@@ -37,11 +40,16 @@ def error_of(
 
 
 def check(
-    function: Callable[..., Any], form: str, arguments: dict[str, Any], dtype: torch.dtype
+    function: Callable[..., Any], oracle: Callable[..., Any], arguments: dict[str, Any], dtype: torch.dtype
 ) -> str | None:
-    """None where the form computes what the reference does; else what is wrong."""
+    """None where `function` computes what the oracle does; else what is wrong.
+
+    arguments: floating inputs in `dtype` or wider. Raises CannotServe as the function does.
+    """
     try:
-        error, where = error_of(function, form, arguments, dtype)
+        error, where = error_of(function, oracle, arguments)
+    except CannotServe:
+        raise
     except Exception as problem:  # whatever a foreign kernel or compiler throws, the form is not to be used
         return f"{type(problem).__name__}: {problem}".splitlines()[0][:300]
     if error <= TOLERANCE[dtype]:
@@ -55,7 +63,7 @@ def _wide(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _run(function: Callable[..., Any], form: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
+def _run(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Tensor]:
     """Outputs and gradients of every floating input, under a fixed cotangent."""
     leaves: dict[str, Tensor] = {}
 
@@ -67,8 +75,7 @@ def _run(function: Callable[..., Any], form: str, arguments: dict[str, Any]) -> 
             return leaves[name]
         return value
 
-    result = function(**{k: leaf(k, v) for k, v in arguments.items()}, form=form)
-    outputs = _tensors(result)
+    outputs = _tensors(function(**{k: leaf(k, v) for k, v in arguments.items()}))
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in outputs]
     pairs = [(y, dy) for y, dy in zip(outputs, cotangents) if y.requires_grad]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from triptych.kernels.dispatch import Form
+from triptych.kernels.dispatch import Form, always
 from triptych.kernels.interpreter import mend_interpreter
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-def form(module: str, function: str, *, supports: Callable[..., str | None] | None = None) -> Form:
+def form(module: str, function: str, *, supports: Callable[..., str | None] = always) -> Form:
     """The form "triton": `function` of `module`, which is imported when first called.
 
     On a CPU it runs by name only; on a GPU it has to pass the self-check before an automatic choice takes it.
@@ -61,7 +61,7 @@ def form(module: str, function: str, *, supports: Callable[..., str | None] | No
         wide = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dtype == torch.float64]
         if wide and wide[0].is_cuda:
             return "Triton's matrix products have no double precision"
-        return supports(*args, **kwargs) if supports else None
+        return supports(*args, **kwargs)
 
     return Form(
         "triton",

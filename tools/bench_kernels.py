@@ -7,7 +7,6 @@ before a ratio is reported. Ceilings of the device (a copy, a matrix product) ar
 
 from __future__ import annotations
 
-import contextlib
 import os
 import statistics
 import tempfile
@@ -22,7 +21,7 @@ from rich.text import Text
 
 from triptych import kernels
 from triptych.tools.bench import check_options, verdict
-from triptych.tools.bench_rounds import Runner, started
+from triptych.tools.bench_rounds import Runner, started, take_turns
 from triptych.tools.kernel_bench.picture import ratio_picture
 from triptych.tools.kernel_bench.problem import Problem, Shape, Target, make_importable
 from triptych.tools.kernel_bench.problems import chosen
@@ -241,22 +240,18 @@ class Settings:
         self, problem: Problem, shape: Shape, sides: list[str], progress: Callable[[str], None] | None
     ) -> tuple[ProblemResult, dict[str, str]]:
         """Let the sides take turns."""
-        with tempfile.TemporaryDirectory(prefix="triptych-bench-") as folder, contextlib.ExitStack() as stack:
-            processes = {}
-            for side in sides:
-                if progress is not None:
-                    progress(f"{problem.name} {_words(shape)}: {side}")
-                request = {"problem": problem.name, "sizes": shape}
-                runner = self.runner(f"{problem.name}, {side}", side, request)
-                processes[side] = stack.enter_context(started(runner, self.threads, folder))
-                processes[side].hear()
-            turns: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-            for turn in range(min(self.repeats, problem.repeats)):
-                # Who comes after whom shall not matter.
-                for side, process in reversed(processes.items()) if turn % 2 else processes.items():
-                    process.turn()
-                    turns[side].append(process.hear())
-            ends = {side: process.end() for side, process in processes.items()}
+        runners = {side: f"{problem.name} {_words(shape)}: {side}" for side in sides}
+        taken = take_turns(
+            [
+                self.runner(name, side, {"problem": problem.name, "sizes": shape})
+                for side, name in runners.items()
+            ],
+            repeats=min(self.repeats, problem.repeats),
+            threads=self.threads,
+            progress=progress,
+        )
+        turns = {side: taken[name][0] for side, name in runners.items()}
+        ends = {side: taken[name][1] for side, name in runners.items()}
         for side, end in ends.items():
             if not end["difference"] <= AGREEMENT[self.dtype]:
                 raise RuntimeError(

@@ -164,6 +164,23 @@ def run_round(
 
     Raises RuntimeError with the end of a process's error output when it fails.
     """
+    results = {
+        name: (Side(seconds, found["peak_bytes"]), found)
+        for name, (seconds, found) in take_turns(
+            runners, repeats=repeats, threads=threads, progress=progress
+        ).items()
+    }
+    if exact_memory:
+        for runner in runners:
+            side, found = results[runner.name]
+            results[runner.name] = Side(side.seconds, _exact_peak_bytes(runner, threads)), found
+    return results
+
+
+def take_turns(
+    runners: list[Runner], *, repeats: int, threads: int, progress: Callable[[str], None] | None = None
+) -> dict[str, tuple[list[Any], dict[str, Any]]]:
+    """By runner: what its process answered in each turn, and at its end. Raises as run_round."""
     with tempfile.TemporaryDirectory(prefix="triptych-bench-") as folder, contextlib.ExitStack() as stack:
         processes: dict[str, Process] = {}
         for runner in runners:
@@ -171,21 +188,13 @@ def run_round(
                 progress(runner.name)
             processes[runner.name] = stack.enter_context(started(runner, threads, folder))
             processes[runner.name].hear()
-        seconds: dict[str, list[float]] = {name: [] for name in processes}
+        answers: dict[str, list[Any]] = {name: [] for name in processes}
         for turn in range(repeats):
             # Who comes after whom shall not matter either.
             for name, process in reversed(processes.items()) if turn % 2 else processes.items():
                 process.turn()
-                seconds[name].append(process.hear())
-        results = {}
-        for name, process in processes.items():
-            found = process.end()
-            results[name] = Side(seconds[name], found["peak_bytes"]), found
-    if exact_memory:
-        for runner in runners:
-            side, found = results[runner.name]
-            results[runner.name] = Side(side.seconds, _exact_peak_bytes(runner, threads)), found
-    return results
+                answers[name].append(process.hear())
+        return {name: (answers[name], process.end()) for name, process in processes.items()}
 
 
 def _exact_peak_bytes(runner: Runner, threads: int) -> int:

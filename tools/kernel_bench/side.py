@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from triptych.kernels import saved_for_backward
+from triptych.kernels.selfcheck import error_of
 from triptych.tools.bench_sides import peak_bytes, say, settled_bytes
 from triptych.tools.kernel_bench.problem import Arguments, Draw, Problem, Shape, make_importable
 from triptych.tools.kernel_bench.problems import problems
@@ -71,29 +72,10 @@ def difference(problem: Problem, side: str, device: torch.device, dtype: torch.d
     """Of outputs and gradients to the reference in float64 on a small shape, relative to the largest
     element."""
     function, without, _ = side_function(problem, side)
-    shape = problem.shapes["check"][0]
-
-    def arguments(to: torch.dtype) -> Arguments:
-        made = problem.inputs(shape, Draw(device, dtype))
-        # The same values, in float64.
-        wide = to == torch.float64
-        return {
-            k: v.double() if wide and isinstance(v, Tensor) and v.is_floating_point() else v
-            for k, v in made.items()
-            if k not in without
-        }
-
-    found = Call(function, arguments(dtype))
-    exact = Call(problem.run("reference"), arguments(torch.float64))
-    y = found.both()
-    exact.cotangent = None if found.cotangent is None else found.cotangent.double()
-    expected = exact.both()
-    pairs = [(y.detach(), expected.detach())]
-    for name, leaf in found.leaves.items():
-        oracle = exact.leaves[name].grad
-        assert leaf.grad is not None and oracle is not None, f"backward reached {name}"
-        pairs.append((leaf.grad, oracle))
-    return max(float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)
+    made = problem.inputs(problem.shapes["check"][0], Draw(device, dtype))
+    return error_of(function, problem.run("reference"), {k: v for k, v in made.items() if k not in without})[
+        0
+    ]
 
 
 def seconds_of(step: Callable[[], object], device: torch.device) -> float:
